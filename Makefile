@@ -1,0 +1,27 @@
+# make pretrain | test | style | quality. Each sets up .venv with pinned dependencies first, if that is not done yet.
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: pretrain test style quality
+.DEFAULT_GOAL := pretrain
+
+# Torch comes first: installed alone, no other package can pull in another version of it.
+.venv/installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+pretrain: .venv/installed
+	$(BIN)/python run_mim.py examples/pretrain_elpv.yaml
+
+test: .venv/installed
+	$(BIN)/python -m pytest --numprocesses 2 tests
+
+style: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

@@ -1,0 +1,201 @@
+"""Time and peak memory of a full training step: GreenMIM against its peers in Transformers.
+
+All models take turns in one process, so that drifts of the machine hit them alike; peak memory is measured in a process
+of its own for each model. A step is forward, backward, fused AdamW and zeroing of gradients.
+
+    python benchmarks/training_step.py --batch_size 16 --dtype fp32 bf16
+    python benchmarks/training_step.py --batch_size 32 --memory_only
+    python benchmarks/training_step.py --task encoder --batch_size 16     # no mask: GreenMIMModel against SwinModel
+"""
+
+import argparse
+import importlib
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from transformers import SwinConfig, SwinForMaskedImageModeling, SwinModel, ViTMAEConfig, ViTMAEForPreTraining
+
+from configuration_greenmim import GreenMIMConfig
+from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel
+
+
+IMAGE_SIZE = 224
+SWIN_BASE = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 7}
+SIMMIM_MASK_RATIO = 0.6
+
+
+def greenmim(args) -> tuple[torch.nn.Module, Callable]:
+    """GreenMIM Swin-B, mask ratio 0.75."""
+    model = GreenMIMForPreTraining(GreenMIMConfig(image_size=IMAGE_SIZE, **SWIN_BASE))
+    return model, lambda images: model(images).loss
+
+
+def simmim(args) -> tuple[torch.nn.Module, Callable]:
+    """Transformers' SwinForMaskedImageModeling, Swin-B, masks of 32 px units at SimMIM's ratio."""
+    config = SwinConfig(image_size=IMAGE_SIZE, encoder_stride=32, drop_path_rate=0.0, **SWIN_BASE)
+    model = SwinForMaskedImageModeling(config)
+    side = IMAGE_SIZE // 32
+    units = torch.rand(args.batch_size, side, side).flatten(1).argsort(1) < int(SIMMIM_MASK_RATIO * side**2)
+    mask = units.view(-1, side, side).repeat_interleave(8, 1).repeat_interleave(8, 2).flatten(1).to(args.device)
+    return model, lambda images: model(images, bool_masked_pos=mask).loss
+
+
+def vit_mae(args) -> tuple[torch.nn.Module, Callable]:
+    """Transformers' ViTMAEForPreTraining, ViT-B."""
+    model = ViTMAEForPreTraining(ViTMAEConfig(image_size=IMAGE_SIZE))
+    return model, lambda images: model(images).loss
+
+
+def reference(args) -> tuple[torch.nn.Module, Callable]:
+    """The published GreenMIM code, from a checkout of the user's."""
+    sys.path.insert(0, args.reference)
+    module, _, factory = args.reference_factory.rpartition(".")
+    model = getattr(importlib.import_module(module), factory)()
+    # The published model returns (loss, prediction, mask) or the loss alone.
+    return model, lambda images: first_of(model(images))
+
+
+def first_of(outputs):
+    """The loss of a model that may return more."""
+    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+
+
+def greenmim_encoder(args) -> tuple[torch.nn.Module, Callable]:
+    """GreenMIMModel, Swin-B, every unit visible."""
+    model = GreenMIMModel(GreenMIMConfig(image_size=IMAGE_SIZE, **SWIN_BASE))
+    return model, lambda images: model(images).pooler_output.float().square().mean()
+
+
+def swin_encoder(args) -> tuple[torch.nn.Module, Callable]:
+    """Transformers' SwinModel, Swin-B."""
+    model = SwinModel(SwinConfig(image_size=IMAGE_SIZE, drop_path_rate=0.0, **SWIN_BASE))
+    return model, lambda images: model(images).pooler_output.float().square().mean()
+
+
+TASKS = {
+    "pretraining": {"greenmim": greenmim, "simmim": simmim, "vit_mae": vit_mae},
+    "encoder": {"greenmim": greenmim_encoder, "swin": swin_encoder},
+}
+
+
+def make_step(build: Callable, args, dtype: str) -> Callable[[], None]:
+    """One training step of a freshly built model on fixed random images."""
+    torch.manual_seed(0)
+    model, loss_of = build(args)
+    model.to(args.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    images = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=args.device)
+
+    def step():
+        autocast = torch.autocast(args.device, torch.bfloat16) if dtype == "bf16" else nullcontext()
+        with autocast:
+            loss = loss_of(images)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def wait(device: str) -> None:
+    """Until the device has finished."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_steps(builders: dict, args, dtype: str) -> dict[str, float]:
+    """Median seconds of a step for each model, taking turns."""
+    steps = {name: make_step(build, args, dtype) for name, build in builders.items()}
+    seconds = {name: [] for name in steps}
+    for round_index in range(args.rounds + 1):
+        for name, step in steps.items():
+            wait(args.device)
+            start = time.perf_counter()
+            for _ in range(args.steps_per_round):
+                step()
+            wait(args.device)
+            if round_index:  # the first round warms up
+                seconds[name].append((time.perf_counter() - start) / args.steps_per_round)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_memory(args, dtype: str, name: str) -> float:
+    """Peak memory in GB of a fresh process that makes two steps with one model."""
+    command = [sys.executable, __file__, "--measure_memory_of", name, "--task", args.task, "--dtype", dtype]
+    command += ["--batch_size", str(args.batch_size), "--device", args.device]
+    if args.reference:
+        command += ["--reference", args.reference, "--reference_factory", args.reference_factory]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def measure_memory(build: Callable, args) -> float:
+    """Peak memory in GB of this process (CPU) or of its allocations (CUDA) over two steps."""
+    step = make_step(build, args, args.dtype[0])
+    for _ in range(2):
+        step()
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=list(TASKS), default="pretraining")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32"], help="bf16 = autocast")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each model")
+    parser.add_argument("--steps_per_round", type=int, default=1)
+    parser.add_argument("--no_memory", action="store_true", help="skip peak memory")
+    parser.add_argument("--memory_only", action="store_true", help="skip times")
+    parser.add_argument("--reference", help="folder of a checkout of the published code")
+    parser.add_argument(
+        "--reference_factory", help="module.function in that folder that builds its Swin-B for pre-training"
+    )
+    parser.add_argument("--output", help="JSON file for the results")
+    parser.add_argument("--measure_memory_of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if bool(args.reference) != bool(args.reference_factory):
+        parser.error("--reference and --reference_factory go together")
+    return args
+
+
+def main() -> None:
+    """Measures and prints a table."""
+    args = parse_arguments()
+    builders = dict(TASKS[args.task])
+    if args.reference:
+        builders["reference"] = reference
+    if args.measure_memory_of:
+        print(measure_memory(builders[args.measure_memory_of], args))
+        return
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    results = {"task": args.task, "device": device, "machine": platform.processor(), "torch": torch.__version__}
+    results |= {"batch_size": args.batch_size, "rows": []}
+    print(f"| {args.task}, batch {args.batch_size}, {device} | images/s | GreenMIM is | peak memory, GB |")
+    print("| --- | --- | --- | --- |")
+    for dtype in args.dtype:
+        seconds = {} if args.memory_only else time_steps(builders, args, dtype)
+        for name in builders:
+            row = {"model": name, "dtype": dtype, "seconds_per_step": seconds.get(name)}
+            row["peak_memory_gb"] = None if args.no_memory else round(peak_memory(args, dtype, name), 2)
+            results["rows"].append(row)
+            speed = f"{args.batch_size / seconds[name]:.2f}" if seconds else "-"
+            factor = f"{seconds[name] / seconds['greenmim']:.2f} x as fast" if seconds else "-"
+            print(f"| {name}, {dtype} | {speed} | {factor} | {row['peak_memory_gb'] or '-'} |", flush=True)
+    if args.output:
+        with open(args.output, "w") as file:
+            json.dump(results, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Window attention among visible tokens, in groups, with relative position bias (paper, section 3.2)."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_greenmim import GreenMIMConfig
+from .grouping import GroupPlan
+from .layout import take_tokens
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out: `(batch, heads, length, head_dim)` each -> `(batch, length, heads, head_dim)`, weights."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1).to(value.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def attend(module: nn.Module, query, key, value, attention_mask=None):
+    """Runs the attention implementation that the module's configuration names."""
+    implementation = module.config._attn_implementation
+    if implementation == "sdpa" and query.device.type == "cpu" and _needs_gradient(attention_mask):
+        # No fused kernel of the CPU has a gradient for the bias; SDPA's fallback makes a training step 7 % slower.
+        implementation = "eager"
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    dropout = module.config.attention_probs_dropout_prob if module.training else 0.0
+    return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=query.shape[-1] ** -0.5)
+
+
+def _needs_gradient(attention_mask: torch.Tensor | None) -> bool:
+    return attention_mask is not None and attention_mask.requires_grad
+
+
+class GreenMIMWindowAttention(nn.Module):
+    """Multi-head attention inside windows. Only queries, keys and values move into slots, and outputs back.
+
+    Args:
+        config: configuration of the model.
+        width: channels of the stage.
+        num_heads: heads of the stage.
+        window_size: side of the stage's windows in tokens.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: GreenMIMConfig, width: int, num_heads: int, window_size: int):
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.proj = nn.Linear(width, width)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+
+    def initialize_weights(self):
+        """Draws the bias table from a truncated normal distribution."""
+        init.trunc_normal_(self.relative_position_bias_table, std=self.config.initializer_range)
+
+    def forward(self, hidden_states: torch.Tensor, plan: GroupPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(batch, num_tokens, width)` -> the same, and attention weights `(batch, heads * groups, slots, slots)`.
+
+        Groups are folded into the heads, so that one bias serves the batch.
+        """
+        qkv = self.qkv(hidden_states)
+        if plan.token_of_slot is not None:
+            qkv = take_tokens(qkv, plan.token_of_slot)
+        # (batch, groups * slots, width) each -> (batch, heads * groups, slots, head_dim)
+        query, key, value = (
+            part.unflatten(2, (self.num_heads, -1))
+            .unflatten(1, (-1, plan.group_size))
+            .permute(0, 3, 1, 2, 4)
+            .flatten(1, 2)
+            for part in qkv.chunk(3, dim=-1)
+        )
+        output, weights = attend(self, query, key, value, self.position_bias(plan, query.dtype))
+        output = output.unflatten(2, (self.num_heads, -1)).permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)
+        if plan.slot_of_token is not None:
+            output = take_tokens(output, plan.slot_of_token)
+        return self.proj(output), weights
+
+    def position_bias(self, plan: GroupPlan, dtype: torch.dtype) -> torch.Tensor:
+        """Bias of every pair of slots, -inf across windows: `(plans, heads * groups, slots, slots)`."""
+        table = nn.functional.pad(self.relative_position_bias_table.t().to(dtype), (0, 1), value=-torch.inf)
+        bias = table.index_select(1, plan.bias_index.flatten()).unflatten(1, plan.bias_index.shape)
+        return bias.transpose(0, 1).flatten(1, 2)
+
+
+def raster_attention_weights(weights: torch.Tensor, plan: GroupPlan, raster: torch.Tensor) -> torch.Tensor:
+    """Attention weights between tokens in raster order, 0 across windows.
+
+    Args:
+        weights: `(batch, heads * groups, slots, slots)` as the attention returns them.
+        raster: raster order of the tokens, `StagePlan.raster`.
+
+    Returns:
+        `(batch, heads, num_tokens, num_tokens)`.
+    """
+    num_groups, num_slots = plan.bias_index.shape[1], plan.num_slots
+    blocks = weights.unflatten(1, (-1, num_groups)).permute(0, 1, 3, 4, 2)
+    pairs = torch.diag_embed(blocks, dim1=2, dim2=4).flatten(4, 5).flatten(2, 3)
+    slots = raster if plan.slot_of_token is None else plan.slot_of_token.flatten()[raster]
+    slots = slots % num_slots  # counted in each plan, not through all
+    pairs = torch.take_along_dim(pairs, slots[:, None, :, None], dim=2)
+    return torch.take_along_dim(pairs, slots[:, None, None, :], dim=3)

@@ -1,0 +1,198 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""GreenMIM model configuration."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+
+def count_visible_units(num_units: int, mask_ratio: float) -> int:
+    """Number of units that stay visible, `int(num_units * (1 - mask_ratio) + 1e-6)` (the epsilon absorbs rounding)."""
+    return int(num_units * (1 - mask_ratio) + 1e-6)
+
+
+def _require(condition: bool, name: str, value, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"`{name}` is {value!r}, but {expected}.")
+
+
+@strict
+class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of every GreenMIM model. The defaults give `greenmim/swin-base` (Swin-B, window 7, 224 px) of
+    [Green Hierarchical Vision Transformer for Masked Image Modeling](https://huggingface.co/papers/2205.13515).
+
+    A *mask unit* is the patch of the last stage: `patch_size * 2 ** (len(depths) - 1)` pixels a side, here 32.
+
+    Args:
+        image_size (`int` or `list[int]`, *optional*, defaults to 224):
+            Image size in pixels, one side or (height, width); each side a multiple of the mask unit. It fixes the
+            window of each stage; other input sizes are accepted at run time.
+        patch_size (`int`, *optional*, defaults to 4): Side of the patches that the first stage sees, in pixels.
+        num_channels (`int`, *optional*, defaults to 3): Number of image channels.
+        backbone_type (`str`, *optional*, defaults to `"swin"`): Hierarchical encoder; only `"swin"` so far.
+        embed_dim (`int`, *optional*, defaults to 128): Width of the first stage; each next stage doubles it.
+        depths (`list[int]`, *optional*, defaults to `(2, 2, 18, 2)`): Number of blocks of each stage.
+        num_heads (`list[int]`, *optional*, defaults to `(4, 8, 16, 32)`): Number of attention heads of each stage.
+        window_size (`int`, *optional*, defaults to 7):
+            Side of the attention windows in tokens. A stage whose smaller side is not larger uses that side.
+        mlp_ratio (`float`, *optional*, defaults to 4.0): Ratio of the MLPs' hidden width to the stage's width.
+        qkv_bias (`bool`, *optional*, defaults to `True`): Whether queries, keys and values have a bias.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0): Dropout after embedding, projections and MLPs.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0): Dropout of attention probabilities.
+        drop_path_rate (`float`, *optional*, defaults to 0.0): Stochastic depth of the last block, linear from 0.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the MLPs.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation that mask token, position bias tables and classifier are initialised with.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6): Epsilon of every layer normalisation.
+        mask_ratio (`float`, *optional*, defaults to 0.75): Share of the mask units that pre-training hides.
+        norm_pix_loss (`bool`, *optional*, defaults to `True`):
+            Whether the target is each unit's pixels normalised by the unit's own mean and variance.
+        decoder_hidden_size (`int`, *optional*, defaults to 512): Width of the decoder, divisible by 4.
+        decoder_num_hidden_layers (`int`, *optional*, defaults to 1): Number of decoder blocks.
+        decoder_num_attention_heads (`int`, *optional*, defaults to 16): Number of attention heads of the decoder.
+        decoder_intermediate_size (`int`, *optional*, defaults to 2048): Hidden width of the decoder's MLP.
+        out_features (`list[str]`, *optional*): Stages that the backbone returns, of `stage_names`; default: the last.
+        out_indices (`list[int]`, *optional*): The same by number; 0 is the stem.
+
+    Derived and read-only: `encoder_stride` (side of a mask unit in pixels), `hidden_size` (width of the last stage),
+    `num_hidden_layers` (number of stages), `num_attention_heads`, `stage_names`.
+
+    Raises:
+        `ValueError`: when values contradict one another, naming argument and value.
+
+    Example:
+
+    ```python
+    >>> from configuration_greenmim import GreenMIMConfig
+    >>> from modeling_greenmim import GreenMIMModel
+
+    >>> config = GreenMIMConfig()  # greenmim/swin-base
+    >>> model = GreenMIMModel(config)
+    >>> config.encoder_stride
+    32
+    ```"""
+
+    model_type = "greenmim"
+    attribute_map = {"num_attention_heads": "num_heads"}
+
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int = 4
+    num_channels: int = 3
+    backbone_type: str = "swin"
+    embed_dim: int = 128
+    depths: list[int] | tuple[int, ...] = (2, 2, 18, 2)
+    num_heads: list[int] | tuple[int, ...] = (4, 8, 16, 32)
+    window_size: int = 7
+    mlp_ratio: float | int = 4.0
+    qkv_bias: bool = True
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    hidden_act: str = "gelu"
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-6
+    mask_ratio: float | int = 0.75
+    norm_pix_loss: bool = True
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 1
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = 2048
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        # JSON knows no tuples: a saved and reloaded configuration must equal the original.
+        self.depths, self.num_heads = list(self.depths), list(self.num_heads)
+        if not isinstance(self.image_size, int):
+            self.image_size = list(self.image_size)
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the backbone's feature maps: the stem, then each stage."""
+        return ["stem"] + [f"stage{index + 1}" for index in range(len(self.depths))]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of stages."""
+        return len(self.depths)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the last stage."""
+        return self.embed_dim * 2 ** (len(self.depths) - 1)
+
+    @property
+    def encoder_stride(self) -> int:
+        """Side of a mask unit in pixels."""
+        return self.patch_size * 2 ** (len(self.depths) - 1)
+
+    @encoder_stride.setter
+    def encoder_stride(self, value: int) -> None:
+        # Transformers' example scripts write the value that they read; any other one would be a contradiction.
+        _require(value == self.encoder_stride, "encoder_stride", value, f"the other values give {self.encoder_stride}")
+
+    @property
+    def image_height_and_width(self) -> tuple[int, int]:
+        """`image_size` as (height, width) in pixels."""
+        return (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
+
+    @property
+    def unit_grid(self) -> tuple[int, int]:
+        """Rows and columns of mask units in an image of `image_size`."""
+        height, width = self.image_height_and_width
+        return height // self.encoder_stride, width // self.encoder_stride
+
+    def validate_architecture(self):
+        """Refuses values that contradict one another (part of the validation of `strict` configurations)."""
+        self._validate_encoder()
+        self._validate_image_and_mask()
+        self._validate_decoder()
+
+    def _validate_encoder(self):
+        _require(self.backbone_type == "swin", "backbone_type", self.backbone_type, 'only "swin" is available')
+        _require(len(self.depths) > 0, "depths", self.depths, "at least one stage is needed")
+        same_length = f"it needs one entry per stage as `depths` ({self.depths}) has"
+        _require(len(self.num_heads) == len(self.depths), "num_heads", self.num_heads, same_length)
+        for name in ("depths", "num_heads"):
+            value = getattr(self, name)
+            _require(min(value) > 0, name, value, "every entry must be positive")
+        for name in ("patch_size", "num_channels", "embed_dim", "window_size", "mlp_ratio"):
+            value = getattr(self, name)
+            _require(value > 0, name, value, "it must be positive")
+        for stage, heads in enumerate(self.num_heads):
+            width = self.embed_dim * 2**stage
+            _require(width % heads == 0, "num_heads", self.num_heads, f"{heads} does not divide stage width {width}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, name, value, "it must be in [0, 1)")
+
+    def _validate_image_and_mask(self):
+        size, unit = self.image_height_and_width, self.encoder_stride
+        _require(len(size) == 2, "image_size", self.image_size, "it must be one side or (height, width)")
+        divisible = all(side > 0 and side % unit == 0 for side in size)
+        expected = f"each side must be a positive multiple of {unit}, the mask unit (patch_size * 2 ** (stages - 1))"
+        _require(divisible, "image_size", self.image_size, expected)
+        num_units = self.unit_grid[0] * self.unit_grid[1]
+        _require(0 <= self.mask_ratio <= 1, "mask_ratio", self.mask_ratio, "it must be between 0 and 1")
+        num_visible = count_visible_units(num_units, self.mask_ratio)
+        expected = f"of {num_units} units it leaves {num_visible} visible; at least one must be visible and one masked"
+        # An image of a single unit can be classified but not masked; masking it is refused when it is tried.
+        _require(num_units == 1 or 0 < num_visible < num_units, "mask_ratio", self.mask_ratio, expected)
+
+    def _validate_decoder(self):
+        width, heads = self.decoder_hidden_size, self.decoder_num_attention_heads
+        _require(width > 0 and width % 4 == 0, "decoder_hidden_size", width, "it must be a positive multiple of 4")
+        _require(
+            heads > 0 and width % heads == 0, "decoder_num_attention_heads", heads, f"it must divide the width {width}"
+        )
+        for name in ("decoder_num_hidden_layers", "decoder_intermediate_size"):
+            value = getattr(self, name)
+            _require(value > 0, name, value, "it must be positive")
+
+
+__all__ = ["GreenMIMConfig"]

@@ -1,0 +1,127 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Decoder and reconstruction loss (paper, section 3.3; Masked Autoencoders, https://huggingface.co/papers/2111.06377)."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import attend
+from .configuration_greenmim import GreenMIMConfig
+from .swin import GreenMIMMLP
+
+
+def sincos_positions(grid: tuple[int, int], width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions of MAE, `(rows * columns, width)`; `width` is divisible by 4.
+
+    The first half of the channels encodes the column, the second the row; each half is sines, then cosines.
+    """
+    frequencies = 10000.0 ** (-torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4))
+    sides = [torch.arange(side, device=device, dtype=torch.float32)[:, None] * frequencies for side in grid]
+    rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=1) for angles in sides)
+    shape = (*grid, width // 2)
+    positions = torch.cat([columns[None].expand(shape), rows[:, None].expand(shape)], dim=2)
+    return positions.flatten(0, 1).to(dtype)
+
+
+class GreenMIMDecoderAttention(nn.Module):
+    """Multi-head attention among all units."""
+
+    is_causal = False
+
+    def __init__(self, config: GreenMIMConfig):
+        super().__init__()
+        self.config = config
+        width = config.decoder_hidden_size
+        self.num_heads = config.decoder_num_attention_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, num_units, width)` -> the same."""
+        query, key, value = (
+            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for part in self.qkv(hidden_states).chunk(3, dim=-1)
+        )
+        output, _ = attend(self, query, key, value)
+        return self.proj(output.flatten(2))
+
+
+class GreenMIMDecoderBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: GreenMIMConfig):
+        super().__init__()
+        width = config.decoder_hidden_size
+        self.layernorm_before = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.attention = GreenMIMDecoderAttention(config)
+        self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.mlp = GreenMIMMLP(config, width, config.decoder_intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(batch, num_units, width)` -> the same."""
+        hidden_states = hidden_states + self.attention(self.layernorm_before(hidden_states))
+        return hidden_states + self.mlp(self.layernorm_after(hidden_states))
+
+
+class GreenMIMDecoder(nn.Module):
+    """Predicts the pixels of all units from the latents of the visible ones, each placed at its own unit."""
+
+    def __init__(self, config: GreenMIMConfig):
+        super().__init__()
+        self.config = config
+        width = config.decoder_hidden_size
+        self.decoder_embed = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_layers = nn.ModuleList(
+            GreenMIMDecoderBlock(config) for _ in range(config.decoder_num_hidden_layers)
+        )
+        self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.decoder_pred = nn.Linear(width, config.encoder_stride**2 * config.num_channels)
+
+    def initialize_weights(self):
+        """Draws the mask token from a normal distribution."""
+        init.normal_(self.mask_token, std=self.config.initializer_range)
+
+    def forward(self, latents: torch.Tensor, visible_units: torch.Tensor, unit_grid: tuple[int, int]) -> torch.Tensor:
+        """Decodes.
+
+        Args:
+            latents: `(batch, num_visible, hidden_size)`.
+            visible_units: `(1 or batch, num_visible)`, the unit of each latent.
+            unit_grid: rows and columns of units.
+
+        Returns:
+            `(batch, num_units, unit**2 * channels)`.
+        """
+        latents = self.decoder_embed(latents)
+        batch, _, width = latents.shape
+        hidden_states = self.mask_token.to(latents.dtype).expand(batch, unit_grid[0] * unit_grid[1], width)
+        hidden_states = hidden_states.scatter(1, visible_units[:, :, None].expand_as(latents), latents)
+        hidden_states = hidden_states + sincos_positions(unit_grid, width, latents.device, latents.dtype)
+        for layer in self.decoder_layers:
+            hidden_states = layer(hidden_states)
+        return self.decoder_pred(self.decoder_norm(hidden_states))
+
+
+def normalize_units(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Patches `(batch, num_units, values)` normalised per unit, with the means and deviations to undo it."""
+    mean = patches.mean(dim=-1, keepdim=True)
+    deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    return (patches - mean) / deviation, mean, deviation
+
+
+def reconstruction_loss(
+    logits: torch.Tensor, patches: torch.Tensor, mask: torch.Tensor, norm_pix_loss: bool
+) -> torch.Tensor:
+    """Mean squared error per unit, averaged over masked units, in at least single precision.
+
+    Args:
+        logits, patches: prediction and pixels, `(batch, num_units, unit**2 * channels)`.
+        mask: `(batch, num_units)`, 1 for masked.
+        norm_pix_loss: whether the target is normalised per unit.
+    """
+    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+    target = normalize_units(patches)[0] if norm_pix_loss else patches
+    errors = (logits.to(target.dtype) - target).square().mean(dim=-1)
+    return (errors * mask).sum() / mask.sum()

@@ -1,0 +1,267 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Windows -> groups -> plan: how uneven windows of visible tokens become few dense attention calls.
+
+Each window holds another number of visible tokens. Whole windows are packed into groups of equally many slots (paper,
+section 3.2); attention is dense inside a group, and a mask lets through only pairs of one window. A plan depends on
+the mask, the grid, the window and the shift alone: it is made once per (stage, shift), on the CPU, in NumPy.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from .layout import token_places
+
+
+# A slot moves a query, a key, a value and an output: as costly as attending about this many further keys.
+SLOT_COST = 32
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """Slots of the tokens of one stage for one shift. `plans` is 1 (shared by the batch) or the batch size.
+
+    Attributes:
+        group_size: slots of a group.
+        token_of_slot: `(plans, num_groups * group_size)` int64, tokens counted through all plans; padding slots hold
+            token 0. None when one group holds every token in its own order: nothing moves then.
+        slot_of_token: `(plans, num_tokens)` int64, slots counted through all plans; None likewise.
+        bias_index: `(plans, num_groups, group_size, group_size)` int32: for a query and a key of one window the row of
+            the position bias table `(r_q - r_k + w - 1) * (2w - 1) + (c_q - c_k + w - 1)`, else `(2w - 1)**2`.
+            Padding slots form a window of their own, so that no softmax row is empty.
+    """
+
+    group_size: int
+    token_of_slot: torch.Tensor | None
+    slot_of_token: torch.Tensor | None
+    bias_index: torch.Tensor
+
+    def to(self, device: torch.device) -> "GroupPlan":
+        """The plan with its index tensors on `device`."""
+        names = ("token_of_slot", "slot_of_token", "bias_index")
+        moved = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: value if value is None else value.to(device) for name, value in moved.items()})
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of all groups of one plan, padding included."""
+        return self.bias_index.shape[1] * self.group_size
+
+
+def pack_windows(num_windows_of_size: list[int], group_size: int) -> tuple[list[list[int]], int]:
+    """Packs windows into groups: into the room left always goes the largest window that fits.
+
+    Which sizes are left is a bit set in a Python integer, so that finding the largest is one operation.
+
+    Args:
+        num_windows_of_size: how many windows hold 0, 1, 2, ... tokens; none holds more than `group_size`.
+
+    Returns:
+        For each size the first slot of each window of that size (slots counted through all groups), and the number of
+        groups.
+    """
+    left = list(num_windows_of_size)
+    left[0] = 0
+    sizes_left = sum(1 << size for size, windows in enumerate(left) if windows)
+    first_slots: list[list[int]] = [[] for _ in left]
+    end = 0  # of the group being filled
+    while sizes_left:
+        end += group_size
+        room = group_size
+        while fitting := sizes_left & ((2 << room) - 1):
+            size = fitting.bit_length() - 1
+            first_slots[size].append(end - room)
+            room -= size
+            left[size] -= 1
+            if not left[size]:
+                sizes_left ^= 1 << size
+    return first_slots, end // group_size
+
+
+def choose_groups(counts: np.ndarray, num_tokens: int) -> tuple[int, int, list[list[list[int]]]] | None:
+    """Group size of the cheapest packing, for one or more plans that share it.
+
+    The cost of a plan is `slots * (group_size + SLOT_COST)`: attention plus movement, padding included.
+
+    Args:
+        counts: tokens of each window, `(plans, num_windows)`.
+        num_tokens: tokens of a plan.
+
+    Returns:
+        Group size, number of groups, and for each plan the first slots by size of window; None when a single group of
+        all tokens, which moves nothing, is cheapest.
+    """
+    best, best_cost = None, num_tokens**2
+    if best_cost <= num_tokens * (1 + SLOT_COST):
+        return None
+    largest = int(counts.max())
+    histograms = [np.bincount(row, minlength=largest + 1).tolist() for row in counts]
+    for group_size in range(largest, min(2 * largest, num_tokens) + 1):
+        cost_of_group = group_size * (group_size + SLOT_COST)
+        if -(-num_tokens // group_size) * cost_of_group >= best_cost:
+            continue
+        packed = [pack_windows(histogram, group_size) for histogram in histograms]
+        num_groups = max(groups for _, groups in packed)
+        if num_groups * cost_of_group < best_cost:
+            best, best_cost = (group_size, num_groups, [slots for slots, _ in packed]), num_groups * cost_of_group
+    return best
+
+
+def plan_groups(
+    places: np.ndarray, grid: tuple[int, int], window_size: int, shift: int, padded_grid: tuple[int, int] | None = None
+) -> GroupPlan:
+    """Plans (shifted) window attention over the tokens at the given places.
+
+    Args:
+        places: `row * columns + column` of each token on the stage's (padded) grid, `(plans, num_tokens)`.
+        grid: rows and columns of the stage.
+        window_size: side `w` of a window in tokens.
+        shift: 0, or the shift of the windows (`w // 2` in odd blocks).
+        padded_grid: `grid` with padding below and right, whose tokens attend one another only; default: no padding.
+    """
+    num_plans, num_tokens = places.shape
+    window_of_place, key_of_place, num_windows = _places_of_windows(grid, window_size, shift, padded_grid or grid)
+    keys, windows = key_of_place[places], window_of_place[places]
+    # Plans are made together: windows, tokens and slots are counted through all plans.
+    if num_plans > 1:
+        windows = windows + num_windows * np.arange(num_plans)[:, None]
+    windows = windows.ravel()
+    counts = np.bincount(windows, minlength=num_plans * num_windows)
+    counts_of_plans = counts.reshape(num_plans, num_windows)
+    packing = choose_groups(counts_of_plans, num_tokens)
+    if packing is None:
+        return GroupPlan(num_tokens, None, None, _bias_index(keys[:, None], window_size))
+
+    group_size, num_groups, first_slots = packing
+    num_slots = num_groups * group_size
+    window_starts = np.empty_like(counts_of_plans)
+    by_size = np.argsort(counts_of_plans, axis=1, kind="stable")
+    for plan, slots_by_size in enumerate(first_slots):
+        starts = [plan * num_slots + slot for slots in slots_by_size for slot in slots]
+        window_starts[plan, by_size[plan, num_windows - len(starts) :]] = starts
+    # In window order the i-th token comes `i - tokens of the windows before` slots after the start of its window.
+    order = np.argsort(windows, kind="stable")
+    slots = (window_starts.ravel() - (np.cumsum(counts) - counts))[windows[order]] + np.arange(len(order))
+
+    slot_of_token, token_of_slot = np.empty_like(order), np.zeros(num_plans * num_slots, dtype=np.int64)
+    slot_of_token[order], token_of_slot[slots] = slots, order
+    key_of_slot = np.full(num_plans * num_slots, -1, dtype=np.int32)
+    key_of_slot[slot_of_token] = keys.ravel()
+    return GroupPlan(
+        group_size,
+        torch.from_numpy(token_of_slot.reshape(num_plans, -1)),
+        torch.from_numpy(slot_of_token.reshape(num_plans, -1)),
+        _bias_index(key_of_slot.reshape(num_plans, num_groups, group_size), window_size),
+    )
+
+
+@lru_cache(maxsize=256)
+def _places_of_windows(grid, window_size, shift, padded_grid):
+    """For each place its window and its key, and the number of windows.
+
+    Differences of keys are bias indices for tokens of one window, and out of the table's range for all others; so is
+    the difference of any key and -1.
+    """
+    offset = (window_size - shift) % window_size
+    rows, columns = np.arange(padded_grid[0]) + offset, np.arange(padded_grid[1]) + offset
+    window_rows, window_columns = rows // window_size, columns // window_size
+    # Windows of padding are numbered apart from those inside the grid.
+    window_rows[grid[0] :] += window_rows[-1] + 1
+    window_columns[grid[1] :] += window_columns[-1] + 1
+    windows = window_rows[:, None] * (window_columns[-1] + 1) + window_columns
+    table_size = (2 * window_size - 1) ** 2
+    local_keys = rows[:, None] % window_size * (2 * window_size - 1) + columns % window_size
+    keys = 2 * table_size * (windows + 1) + local_keys
+    num_windows = int(windows[-1, -1]) + 1
+    # Sorting is fastest on the smallest type.
+    return windows.ravel().astype(np.min_scalar_type(num_windows)), keys.ravel().astype(np.int32), num_windows
+
+
+def _bias_index(keys: np.ndarray, window_size: int) -> torch.Tensor:
+    table_size = np.uint32((2 * window_size - 1) ** 2)
+    index = (keys + np.int32(table_size // 2))[..., :, None] - keys[..., None, :]
+    # Read as unsigned, negative differences are out of range too.
+    unsigned = index.view(np.uint32)
+    np.minimum(unsigned, table_size, out=unsigned)
+    return torch.from_numpy(index)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage needs to know of the mask and the input size.
+
+    Attributes:
+        grid: rows and columns of the stage.
+        groups: plans of the even and of the odd blocks; one and the same where windows are not shifted.
+        inside: `(num_tokens, 1)` bool, False for padding; None without padding.
+        raster: index for `take_tokens` that puts tokens, without padding, into raster order; None if not asked for.
+    """
+
+    grid: tuple[int, int]
+    groups: tuple[GroupPlan, GroupPlan]
+    inside: torch.Tensor | None
+    raster: torch.Tensor | None
+
+    def to(self, device: torch.device) -> "StagePlan":
+        """The plan with its index tensors on `device`."""
+        even, odd = self.groups
+        moved = even.to(device)
+        return StagePlan(
+            self.grid,
+            (moved, moved if odd is even else odd.to(device)),
+            None if self.inside is None else self.inside.to(device),
+            None if self.raster is None else self.raster.to(device),
+        )
+
+
+def plan_stages(
+    visible_units: np.ndarray, patch_grid: tuple[int, int], window_sizes: tuple[int, ...], raster: bool = False
+) -> tuple[StagePlan, ...]:
+    """Plans every stage of an encoder for one mask, or for one mask per sample.
+
+    Args:
+        visible_units: `(1 or batch, num_visible)`, ascending.
+        patch_grid: rows and columns of patches; units that overhang it right or below hold padding.
+        window_sizes: window of each stage.
+        raster: whether tokens will be put into raster order.
+    """
+    num_stages = len(window_sizes)
+    unit_grid = tuple(-(-side // 2 ** (num_stages - 1)) for side in patch_grid)
+    stages = []
+    for stage, window_size in enumerate(window_sizes):
+        side = 2 ** (num_stages - 1 - stage)
+        grid = tuple(-(-length // 2**stage) for length in patch_grid)
+        padded_grid = (unit_grid[0] * side, unit_grid[1] * side)
+        places = token_places(visible_units, unit_grid, side)
+        even = odd = plan_groups(places, grid, window_size, 0, padded_grid)
+        if min(grid) > window_size > 1:
+            odd = plan_groups(places, grid, window_size, window_size // 2, padded_grid)
+        inside = (places // padded_grid[1] < grid[0]) & (places % padded_grid[1] < grid[1])
+        stages.append(
+            StagePlan(
+                grid,
+                (even, odd),
+                None if grid == padded_grid else torch.from_numpy(inside[0])[:, None],
+                _raster_order(places, inside) if raster else None,
+            )
+        )
+    return tuple(stages)
+
+
+def _raster_order(places: np.ndarray, inside: np.ndarray) -> torch.Tensor:
+    order = np.argsort(places, axis=1, kind="stable")
+    order = order[np.take_along_axis(inside, order, axis=1)].reshape(len(places), -1)
+    return torch.from_numpy(order + places.shape[1] * np.arange(len(places))[:, None])
+
+
+@lru_cache(maxsize=64)
+def plan_all_visible(
+    patch_grid: tuple[int, int], window_sizes: tuple[int, ...], device: torch.device
+) -> tuple[StagePlan, ...]:
+    """`plan_stages` with every unit visible, kept: it depends on the input size alone."""
+    unit = 2 ** (len(window_sizes) - 1)
+    num_units = -(-patch_grid[0] // unit) * -(-patch_grid[1] // unit)
+    plans = plan_stages(np.arange(num_units)[None], patch_grid, window_sizes, raster=True)
+    return tuple(plan.to(device) for plan in plans)

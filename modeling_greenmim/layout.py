@@ -1,0 +1,101 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Pixels <-> mask units, and the order of tokens inside a unit.
+
+Inside the encoder tokens are unit-major and *nested*: `(batch, visible units * tokens of a unit, channels)`, where the
+tokens of a unit follow a Z-order curve whose runs of four are the 2x2 blocks that patch merging joins, recursively.
+The row bit is the lowest, so a run of four is (0,0), (1,0), (0,1), (1,1): the order in which Swin concatenates, and
+merging is a reshape. A *place* is a token's number in raster order of its stage's grid; nested order
+never leaves the model.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+
+def patchify(pixel_values: torch.Tensor, unit: int) -> torch.Tensor:
+    """Cuts images `(batch, channels, height, width)` into units `(batch, num_units, unit**2 * channels)`.
+
+    A unit's values are in (row, column, channel) order.
+    """
+    batch, channels, height, width = pixel_values.shape
+    units = pixel_values.reshape(batch, channels, height // unit, unit, width // unit, unit)
+    return units.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, unit**2 * channels)
+
+
+def unpatchify(patches: torch.Tensor, unit: int, height: int, width: int) -> torch.Tensor:
+    """Inverse of `patchify`: `(batch, num_units, unit**2 * channels)` -> `(batch, channels, height, width)`."""
+    batch = patches.shape[0]
+    units = patches.reshape(batch, height // unit, width // unit, unit, unit, -1)
+    return units.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, height, width)
+
+
+def nested_patches(
+    pixel_values: torch.Tensor, unit: int, patch_size: int, visible_units: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Patches of the visible units in nested order.
+
+    Args:
+        pixel_values: `(batch, channels, height, width)`.
+        visible_units: `(1 or batch, num_visible)` on the device of the images; None = every unit.
+
+    Returns:
+        `(batch, num_visible * patches of a unit, channels * patch_size**2)`, each patch in (channel, row, column)
+        order, as the weight of a patch-embedding convolution has it.
+    """
+    batch, channels, height, width = pixel_values.shape
+    columns = width // unit
+    units = pixel_values.reshape(batch, channels, height // unit, unit, columns, unit)
+    if visible_units is None:
+        units = units.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    elif visible_units.shape[0] == 1:
+        units = units[:, :, visible_units[0] // columns, :, visible_units[0] % columns].transpose(0, 1)
+    else:
+        samples = torch.arange(batch, device=visible_units.device)[:, None]
+        units = units[samples, :, visible_units // columns, :, visible_units % columns]
+    # units: (batch, visible, channels, unit, unit). Split both sides into bits, highest first, and let the column and
+    # row bit of each level follow one another.
+    levels = (unit // patch_size).bit_length() - 1
+    units = units.reshape(batch, -1, channels, *[2] * levels, patch_size, *[2] * levels, patch_size)
+    row, column = 3, 3 + levels + 1
+    bits = [axis for level in range(levels) for axis in (column + level, row + level)]
+    units = units.permute(0, 1, *bits, 2, row + levels, column + levels)
+    return units.reshape(batch, -1, channels * patch_size**2)
+
+
+@lru_cache(maxsize=256)
+def _nested_places(unit_grid: tuple[int, int], side: int) -> np.ndarray:
+    """`row * columns + column` of each token of each unit, `(num_units, side**2)`."""
+    position = np.arange(side * side)
+    rows, columns = np.zeros_like(position), np.zeros_like(position)
+    for bit in range(side.bit_length() - 1):
+        rows |= (position >> (2 * bit) & 1) << bit
+        columns |= (position >> (2 * bit + 1) & 1) << bit
+    units = np.arange(unit_grid[0] * unit_grid[1])[:, None]
+    rows, columns = units // unit_grid[1] * side + rows, units % unit_grid[1] * side + columns
+    return (rows * (unit_grid[1] * side) + columns).astype(np.int32)
+
+
+def token_places(visible_units: np.ndarray, unit_grid: tuple[int, int], side: int) -> np.ndarray:
+    """Places of the visible tokens on the grid of a stage whose units have `side * side` tokens.
+
+    Args:
+        visible_units: `(masks, num_visible)`.
+        unit_grid: rows and columns of units.
+
+    Returns:
+        `row * columns + column` of each token in nested order, `(masks, num_visible * side**2)`.
+    """
+    return _nested_places(unit_grid, side)[visible_units].reshape(len(visible_units), -1)
+
+
+def take_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Picks tokens: `(batch, length, channels)` -> `(batch, count, channels)`.
+
+    Args:
+        index: `(1, count)` for the same tokens of every sample, or `(batch, count)` counted through the whole batch.
+    """
+    if index.shape[0] == 1:
+        return tokens.index_select(1, index[0])
+    return tokens.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (tokens.shape[0], -1))

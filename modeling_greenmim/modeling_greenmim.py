@@ -1,0 +1,474 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""GreenMIM models: masked-image pre-training of hierarchical vision transformers on visible patches only.
+
+[Green Hierarchical Vision Transformer for Masked Image Modeling](https://huggingface.co/papers/2205.13515).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .attention import GreenMIMWindowAttention
+from .configuration_greenmim import GreenMIMConfig
+from .decoder import GreenMIMDecoder, reconstruction_loss
+from .grouping import StagePlan, plan_all_visible, plan_stages
+from .layout import patchify, take_tokens, unpatchify
+from .masking import sample_noise, unit_mask, visible_units_from_mask, visible_units_from_noise
+from .swin import GreenMIMEmbeddings, GreenMIMSwinEncoder, stage_windows
+
+
+@dataclass
+class GreenMIMModelOutput(ModelOutput):
+    """Outputs of `GreenMIMModel`. Tokens are in raster order of the visible ones.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, num_visible, hidden_size)`):
+            Latent of each visible unit.
+        pooler_output (`torch.Tensor` of shape `(batch_size, hidden_size)`):
+            Mean of the latents.
+        mask (`torch.Tensor` of shape `(batch_size, num_units)`, *optional*, returned when units are masked):
+            1 for masked units, 0 for visible ones.
+        visible_units (`torch.LongTensor` of shape `(1 or batch_size, num_visible)`, *optional*, likewise):
+            Raster numbers of the visible units.
+        hidden_states (`tuple(torch.Tensor)`, *optional*, returned when `output_hidden_states=True`):
+            Embeddings, then each stage's output after merging, `(batch_size, num_tokens, width)`.
+        attentions (`tuple(torch.Tensor)`, *optional*, returned when `output_attentions=True`):
+            Attention weights of each stage's last block, `(batch_size, num_heads, num_tokens, num_tokens)`, 0 across
+            windows.
+        reshaped_hidden_states (`tuple(torch.Tensor)`, *optional*, with `hidden_states` when no unit is masked):
+            The hidden states as maps `(batch_size, width, height, width)`.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    visible_units: torch.LongTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class GreenMIMForPreTrainingOutput(ModelOutput):
+    """Outputs of `GreenMIMForPreTraining`.
+
+    Args:
+        loss (`torch.Tensor`): Mean squared error of the masked units' pixels.
+        logits (`torch.Tensor` of shape `(batch_size, num_units, unit**2 * num_channels)`):
+            Predicted pixels of every unit in (row, column, channel) order, normalised if `norm_pix_loss` is set.
+        mask (`torch.Tensor` of shape `(batch_size, num_units)`): 1 for masked units, 0 for visible ones.
+        hidden_states, attentions: as in `GreenMIMModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class GreenMIMImageClassifierOutput(ModelOutput):
+    """Outputs of `GreenMIMForImageClassification`.
+
+    Args:
+        loss (`torch.Tensor`, *optional*, returned when `labels` is given): Classification or regression loss.
+        logits (`torch.Tensor` of shape `(batch_size, num_labels)`): Scores before the softmax.
+        hidden_states, attentions, reshaped_hidden_states: as in `GreenMIMModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+class GreenMIMPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what Transformers needs to know of every GreenMIM model."""
+
+    config: GreenMIMConfig
+    base_model_prefix = "greenmim"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GreenMIMEmbeddings", "GreenMIMSwinBlock", "GreenMIMDecoder"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (GreenMIMWindowAttention, GreenMIMDecoder)):
+            module.initialize_weights()
+        else:
+            super()._init_weights(module)
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor | None) -> None:
+        if pixel_values is None:
+            raise ValueError("`pixel_values` is None; images of shape (batch, channels, height, width) are needed.")
+        channels = self.config.num_channels
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"`pixel_values` has shape {tuple(pixel_values.shape)}; the configuration needs"
+                f" (batch, {channels}, height, width)."
+            )
+
+
+class GreenMIMModel(GreenMIMPreTrainedModel):
+    """The encoder without a head. It sees every unit, or the visible ones alone when a mask is given.
+
+    With every unit visible it equals Swin on grids that the window divides. Elsewhere windows at the right and bottom
+    edge are just smaller here, while Swin fills them with zero tokens that take part in attention.
+
+    Args:
+        config ([`GreenMIMConfig`]): Configuration of the model.
+    """
+
+    def __init__(self, config: GreenMIMConfig):
+        super().__init__(config)
+        self.embeddings = GreenMIMEmbeddings(config)
+        self.encoder = GreenMIMSwinEncoder(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.window_sizes = stage_windows(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        mask_ratio: float | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> GreenMIMModelOutput:
+        """Encodes images.
+
+        Args:
+            pixel_values: `(batch_size, num_channels, height, width)`; each side a multiple of the mask unit.
+            bool_masked_pos: `(1 or batch_size, num_units)` or `(1 or batch_size, num_patches)`; 1 or True = masked.
+                Every row keeps equally many units.
+            noise: `(1 or batch_size, num_units)`; the units of lowest noise stay visible. One row serves the batch.
+            mask_ratio: share of units to mask; with it alone, one random mask serves the whole batch. Default: no
+                mask, or `config.mask_ratio` when `noise` is given.
+            output_attentions: whether to return attention weights (attn_implementation "eager" only).
+            output_hidden_states: whether to return the hidden states of all stages.
+
+        Raises:
+            `ValueError`: for wrong shapes, sizes or masks, naming the argument.
+        """
+        self._check_pixel_values(pixel_values)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        unit_grid = self._unit_grid(pixel_values)
+        visible = self._visible_units(unit_grid, len(pixel_values), bool_masked_pos, noise, mask_ratio)
+        plans = self._plans(unit_grid, visible, pixel_values.device, output_hidden_states or output_attentions)
+        if visible is not None:
+            visible = visible.to(pixel_values.device)
+
+        embeddings = self.embeddings(pixel_values, visible)
+        encoded = self.encoder(embeddings, plans, output_attentions=output_attentions)
+        latents = self.layernorm(encoded.stage_outputs[-1])
+        hidden_states = reshaped = mask = None
+        if output_hidden_states:
+            states = list(zip((*encoded.stage_inputs, encoded.stage_outputs[-1]), (*plans, plans[-1])))
+            hidden_states = tuple(take_tokens(state, plan.raster) for state, plan in states)
+            if visible is None:
+                reshaped = tuple(_to_map(state, plan) for state, plan in states)
+        if visible is not None:
+            mask = unit_mask(visible, unit_grid[0] * unit_grid[1]).expand(len(pixel_values), -1)
+        return GreenMIMModelOutput(
+            last_hidden_state=latents,
+            pooler_output=latents.mean(dim=1),
+            mask=mask,
+            visible_units=visible,
+            hidden_states=hidden_states,
+            attentions=encoded.attentions,
+            reshaped_hidden_states=reshaped,
+        )
+
+    def _unit_grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        height, width = pixel_values.shape[2:]
+        unit = self.config.encoder_stride
+        if height == 0 or width == 0 or height % unit or width % unit:
+            raise ValueError(
+                f"`pixel_values` has images of {height}x{width} pixels; each side must be a positive multiple of"
+                f" {unit}, the mask unit. Resize or pad them (GreenMIMBackbone pads by itself)."
+            )
+        return height // unit, width // unit
+
+    def _visible_units(self, unit_grid, batch_size, bool_masked_pos, noise, mask_ratio) -> torch.Tensor | None:
+        """Visible units on the CPU, `(1 or batch_size, num_visible)`; None when every unit is visible."""
+        num_units = unit_grid[0] * unit_grid[1]
+        if bool_masked_pos is not None:
+            if noise is not None or mask_ratio is not None:
+                raise ValueError(
+                    "`bool_masked_pos` says which units are masked; `noise` and `mask_ratio` cannot be given too."
+                )
+            patches_per_side = self.config.encoder_stride // self.config.patch_size
+            visible = visible_units_from_mask(bool_masked_pos, unit_grid, patches_per_side, batch_size)
+            return None if visible.shape[1] == num_units else visible
+        if noise is None and mask_ratio is None:
+            return None
+        noise = sample_noise(num_units) if noise is None else noise
+        mask_ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
+        return visible_units_from_noise(noise, num_units, batch_size, mask_ratio)
+
+    @torch.compiler.disable
+    def _plans(self, unit_grid, visible_units, device, raster: bool) -> tuple[StagePlan, ...]:
+        patches_per_side = self.config.encoder_stride // self.config.patch_size
+        patch_grid = (unit_grid[0] * patches_per_side, unit_grid[1] * patches_per_side)
+        if visible_units is None:
+            return plan_all_visible(patch_grid, self.window_sizes, device)
+        plans = plan_stages(visible_units.numpy(), patch_grid, self.window_sizes, raster)
+        return tuple(plan.to(device) for plan in plans)
+
+
+def _to_map(tokens: torch.Tensor, plan: StagePlan) -> torch.Tensor:
+    """All tokens of a stage in nested order -> map `(batch, width, *plan.grid)`, without padding."""
+    return take_tokens(tokens, plan.raster).unflatten(1, plan.grid).permute(0, 3, 1, 2).contiguous()
+
+
+class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
+    """The encoder on visible units with a decoder that predicts the pixels of the masked ones.
+
+    Args:
+        config ([`GreenMIMConfig`]): Configuration of the model.
+    """
+
+    def __init__(self, config: GreenMIMConfig):
+        super().__init__(config)
+        self.greenmim = GreenMIMModel(config)
+        self.decoder = GreenMIMDecoder(config)
+        self.post_init()
+
+    def patchify(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Cuts images into units.
+
+        Args:
+            pixel_values: `(batch_size, num_channels, height, width)`; each side a multiple of the mask unit.
+
+        Returns:
+            `(batch_size, num_units, unit**2 * num_channels)`, values in (row, column, channel) order.
+
+        Raises:
+            `ValueError`: for wrong shapes or sizes.
+        """
+        self._check_pixel_values(pixel_values)
+        self.greenmim._unit_grid(pixel_values)
+        return patchify(pixel_values, self.config.encoder_stride)
+
+    def unpatchify(
+        self, patchified_pixel_values: torch.Tensor, original_image_size: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """Puts units together: the inverse of `patchify`.
+
+        Args:
+            patchified_pixel_values: `(batch_size, num_units, unit**2 * num_channels)`.
+            original_image_size: (height, width) in pixels; default: `config.image_size`.
+
+        Returns:
+            `(batch_size, num_channels, height, width)`.
+
+        Raises:
+            `ValueError`: when the size does not fit the number of units.
+        """
+        height, width = original_image_size or self.config.image_height_and_width
+        unit, shape = self.config.encoder_stride, tuple(patchified_pixel_values.shape)
+        expected = ((height // unit) * (width // unit), unit**2 * self.config.num_channels)
+        if height % unit or width % unit or shape[1:] != expected:
+            raise ValueError(
+                f"`patchified_pixel_values` has shape {shape}, but an image of {height}x{width} pixels has units of"
+                f" shape (batch, {expected[0]}, {expected[1]})."
+            )
+        return unpatchify(patchified_pixel_values, unit, height, width)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> GreenMIMForPreTrainingOutput:
+        """Predicts the pixels of masked units; without a mask, one random mask of `config.mask_ratio` serves the batch.
+
+        Args:
+            pixel_values: `(batch_size, num_channels, height, width)`; each side a multiple of the mask unit.
+            bool_masked_pos: `(1 or batch_size, num_units)` or `(1 or batch_size, num_patches)`; 1 or True = masked.
+            noise: `(1 or batch_size, num_units)`; the units of lowest noise stay visible.
+            output_attentions, output_hidden_states: as in `GreenMIMModel`.
+
+        Raises:
+            `ValueError`: for wrong shapes, sizes or masks, naming the argument.
+        """
+        outputs = self.greenmim(
+            pixel_values,
+            bool_masked_pos=bool_masked_pos,
+            noise=noise,
+            mask_ratio=self.config.mask_ratio if bool_masked_pos is None else None,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        if outputs.mask is None:
+            raise ValueError("`bool_masked_pos` masks no unit; pre-training needs at least one masked unit.")
+        unit_grid = self.greenmim._unit_grid(pixel_values)
+        logits = self.decoder(outputs.last_hidden_state, outputs.visible_units, unit_grid)
+        patches = patchify(pixel_values, self.config.encoder_stride)
+        return GreenMIMForPreTrainingOutput(
+            loss=reconstruction_loss(logits, patches, outputs.mask, self.config.norm_pix_loss),
+            logits=logits,
+            mask=outputs.mask,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class GreenMIMForImageClassification(GreenMIMPreTrainedModel):
+    """The encoder with a linear classifier on the mean of its tokens.
+
+    Args:
+        config ([`GreenMIMConfig`]): Configuration of the model; `num_labels` is the number of classes.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+    def __init__(self, config: GreenMIMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.greenmim = GreenMIMModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if module is self.classifier and self.num_labels > 0:
+            init.normal_(module.weight, std=self.config.initializer_range)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> GreenMIMImageClassifierOutput:
+        """Classifies images.
+
+        Args:
+            pixel_values: `(batch_size, num_channels, height, width)`; each side a multiple of the mask unit.
+            labels: `(batch_size,)` class numbers, or targets of a regression when `num_labels` is 1.
+            output_attentions, output_hidden_states: as in `GreenMIMModel`.
+        """
+        outputs = self.greenmim(
+            pixel_values, output_attentions=output_attentions, output_hidden_states=output_hidden_states
+        )
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return GreenMIMImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            reshaped_hidden_states=outputs.reshaped_hidden_states,
+        )
+
+
+class GreenMIMBackbone(BackboneMixin, GreenMIMPreTrainedModel):
+    """The encoder as a backbone: feature maps of the stages in `out_features`, before merging.
+
+    Images of any size are padded right and bottom to whole units. Padding takes no part in attention, merging sees
+    zeros there, and maps have `ceil(side / stride)` rows and columns, as Swin's. Each map has its LayerNorm: the last
+    stage's is the encoder's own, the others are new.
+
+    Args:
+        config ([`GreenMIMConfig`]): Configuration of the model.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+    def __init__(self, config: GreenMIMConfig):
+        super().__init__(config)
+        self.greenmim = GreenMIMModel(config)
+        self.num_features = [config.embed_dim] + [config.embed_dim * 2**stage for stage in range(len(config.depths))]
+        self.hidden_states_norms = nn.ModuleDict(
+            {
+                name: nn.LayerNorm(width, eps=config.layer_norm_eps)
+                for name, width in zip(self.out_features, self.channels)
+                if name != self.stage_names[-1]
+            }
+        )
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BackboneOutput:
+        """Computes feature maps.
+
+        Args:
+            pixel_values: `(batch_size, num_channels, height, width)`, any size.
+            output_attentions: as in `GreenMIMModel`.
+            output_hidden_states: whether to return all stages' maps before their norms, the stem first.
+
+        Returns:
+            `feature_maps`: for each of `out_features` a map `(batch_size, channels, height, width)`.
+        """
+        self._check_pixel_values(pixel_values)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        plans = self._plans(tuple(pixel_values.shape[2:]), pixel_values.device)
+        unit = self.config.encoder_stride
+        padding = (0, -pixel_values.shape[3] % unit, 0, -pixel_values.shape[2] % unit)
+        embeddings = self.greenmim.embeddings(nn.functional.pad(pixel_values, padding), None)
+        encoded = self.greenmim.encoder(
+            embeddings,
+            plans,
+            output_attentions=self.config.output_attentions if output_attentions is None else output_attentions,
+        )
+        states = dict(zip(self.stage_names, (embeddings, *encoded.stage_outputs)))
+        plan_of = dict(zip(self.stage_names, (plans[0], *plans)))
+        feature_maps = tuple(_to_map(self._norm(name)(states[name]), plan_of[name]) for name in self.out_features)
+        hidden_states = None
+        if output_hidden_states:
+            hidden_states = tuple(_to_map(states[name], plan_of[name]) for name in self.stage_names)
+        return BackboneOutput(feature_maps=feature_maps, hidden_states=hidden_states, attentions=encoded.attentions)
+
+    def _norm(self, name: str) -> nn.Module:
+        return self.greenmim.layernorm if name == self.stage_names[-1] else self.hidden_states_norms[name]
+
+    @torch.compiler.disable
+    def _plans(self, image_size: tuple[int, int], device: torch.device) -> tuple[StagePlan, ...]:
+        patch_grid = tuple(-(-side // self.config.patch_size) for side in image_size)
+        return plan_all_visible(patch_grid, self.greenmim.window_sizes, device)
+
+
+__all__ = [
+    "GreenMIMBackbone",
+    "GreenMIMForImageClassification",
+    "GreenMIMForPreTraining",
+    "GreenMIMModel",
+    "GreenMIMPreTrainedModel",
+]
