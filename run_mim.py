@@ -1,0 +1,280 @@
+#!/usr/bin/env python
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Pre-trains a GreenMIM model on images without labels.
+
+    python run_mim.py --train_dir photos --output_dir outputs/photos --config_name tiny --do_train
+    python run_mim.py examples/pretrain_elpv.yaml          # a .yaml or .json file, flags after it win
+    accelerate launch run_mim.py ...                       # any number of processes
+
+Without --train_dir and --dataset_name it trains on the ELPV photographs of solar cells.
+"""
+
+import json
+import logging
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import transformers
+import yaml
+from transformers import AutoImageProcessor, HfArgumentParser, set_seed
+
+from modeling_greenmim import GreenMIMForPreTraining
+from training_greenmim.arguments import MIMTrainingArguments
+from training_greenmim.data import (
+    ImageDataset,
+    ImageStream,
+    check_first_readable,
+    elpv,
+    find_image_column,
+    load_folder,
+    undecoded,
+)
+from training_greenmim.images import EvalTransform, TrainTransform
+from training_greenmim.model_card import write_model_card
+from training_greenmim.models import MODEL_SIZES, build_config, build_image_processor
+from training_greenmim.trainer import MIMTrainer, last_checkpoint
+
+
+logger = logging.getLogger(__name__)
+
+# Images that a stream shuffles among, encoded.
+SHUFFLE_BUFFER = 1000
+
+
+@dataclass
+class ModelArguments:
+    """What to train."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to go on from: a folder or a Hub repository."}
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Train from scratch: one of {', '.join(MODEL_SIZES)} (default: base), a folder or a repository."
+        },
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": 'Changes to the configuration: "image_size=128,depths=[2,2,6],mask_ratio=0.6".'},
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention: sdpa or eager."})
+
+    def __post_init__(self):
+        if self.model_name_or_path and (self.config_name or self.config_overrides):
+            raise ValueError(
+                f"`model_name_or_path` is {self.model_name_or_path!r}: its configuration is fixed, so `config_name` and"
+                " `config_overrides` cannot be given."
+            )
+
+
+@dataclass
+class DataArguments:
+    """What to train on."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Data set of the Hub or a local one (a folder of parquet or WebDataset files)."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder of images, nested or not; labels are not needed."}
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "Folder of images to evaluate on."})
+    train_val_split: float = field(
+        default=0.05, metadata={"help": "Share of the training images to evaluate on where there are no others."}
+    )
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many evaluation images."})
+    streaming: bool = field(default=False, metadata={"help": "Read the data set as a stream; needs max_steps."})
+    min_crop_scale: float = field(default=0.2, metadata={"help": "Smallest share of an image's area that is cropped."})
+
+    def __post_init__(self):
+        if self.dataset_name and self.train_dir:
+            raise ValueError(
+                f"`dataset_name` is {self.dataset_name!r} and `train_dir` is {self.train_dir!r}; give one of them."
+            )
+        if self.validation_dir and not self.train_dir:
+            raise ValueError(f"`validation_dir` is {self.validation_dir!r}, but there is no `train_dir`.")
+        if self.streaming and not self.dataset_name:
+            raise ValueError("`streaming` is for a `dataset_name`; folders of images are read as they are.")
+        if not 0 < self.train_val_split < 1:
+            raise ValueError(f"`train_val_split` is {self.train_val_split}; it must be between 0 and 1.")
+        if not 0 < self.min_crop_scale <= 1:
+            raise ValueError(f"`min_crop_scale` is {self.min_crop_scale}; it must be in (0, 1].")
+
+
+def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MIMTrainingArguments]:
+    """Reads flags, or a .json/.yaml file followed by flags that win over it.
+
+    Raises:
+        `ValueError`: for names in the file that are no flags.
+    """
+    parser = HfArgumentParser((ModelArguments, DataArguments, MIMTrainingArguments))
+    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        text = Path(argv[0]).read_text()
+        values = json.loads(text) if argv[0].endswith(".json") else yaml.safe_load(text)
+        unknown = sorted(set(values) - {action.dest for action in parser._actions})
+        if unknown:
+            raise ValueError(f"{argv[0]} sets {unknown}, which are no arguments of run_mim.py.")
+        parser.set_defaults(**values)
+        argv = argv[1:]
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def find_checkpoint(args: MIMTrainingArguments) -> str | None:
+    """Checkpoint to resume from; makes sure that no other run is overwritten.
+
+    Raises:
+        `ValueError`: when the output folder holds a run that is not resumed, or no checkpoint to resume.
+    """
+    resume = args.resume_from_checkpoint
+    if resume and resume.lower() != "false":
+        checkpoint = last_checkpoint(args.output_dir) if resume.lower() == "true" else resume
+        if checkpoint is None:
+            raise ValueError(f"`resume_from_checkpoint` is {resume}, but {args.output_dir!r} has no whole checkpoint.")
+        if not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
+            raise ValueError(f"`resume_from_checkpoint` is {resume!r}, which is no whole checkpoint of a run.")
+        return checkpoint
+    output = Path(args.output_dir)
+    traces = [*output.glob("checkpoint-*"), *output.glob("*.safetensors"), *output.glob("trainer_state.json")]
+    if args.do_train and traces:
+        raise ValueError(
+            f"`output_dir` is {args.output_dir!r}, which already holds a run ({traces[0].name}). Continue it with"
+            " --resume_from_checkpoint true, or choose another folder."
+        )
+    return None
+
+
+def load_data(data: DataArguments, args: MIMTrainingArguments):
+    """Training and evaluation records, the name of the image column, and what the data is called in messages.
+
+    Raises:
+        `ValueError`: when there is nothing to evaluate on but evaluation is asked for, or `max_steps` lacks.
+    """
+    if data.train_dir:
+        train = load_folder(data.train_dir, "train", "train_dir")
+        validation = load_folder(data.validation_dir, "validation", "validation_dir") if data.validation_dir else None
+        argument = "train_dir"
+    elif data.dataset_name:
+        parts = datasets.load_dataset(data.dataset_name, data.dataset_config_name, streaming=data.streaming)
+        if "train" not in parts:
+            raise ValueError(f"`dataset_name` is {data.dataset_name!r}, which has no split train but {list(parts)}.")
+        train, validation = parts["train"], parts.get("validation", parts.get("test"))
+        argument = "dataset_name"
+    else:
+        train, validation = elpv()
+        argument = "dataset_name"
+    column = find_image_column(train, data.image_column_name)
+    train = undecoded(train, column)
+    if validation is not None:
+        validation = undecoded(validation, column)
+    elif args.do_eval and data.streaming:
+        raise ValueError("`do_eval` is set, but the stream has no split validation or test.")
+    elif args.do_eval:
+        parts = train.train_test_split(data.train_val_split, seed=args.seed)
+        train, validation = parts["train"], parts["test"]
+    if data.streaming:
+        if args.do_train and args.max_steps <= 0:
+            raise ValueError("`streaming` is set: a stream has no known length, so `max_steps` is needed.")
+        train = train.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
+    return limit(train, data.max_train_samples), limit(validation, data.max_eval_samples), column, argument
+
+
+def limit(records, count: int | None):
+    """The first `count` records of a data set or stream."""
+    if records is None or count is None:
+        return records
+    return records.take(count)
+
+
+def build_datasets(data: DataArguments, args: MIMTrainingArguments, config) -> tuple:
+    """Training and evaluation sets of decoded images, after a look for the first readable one."""
+    train, validation, column, argument = load_data(data, args)
+    size, channels = config.image_height_and_width, config.num_channels
+    for message in check_first_readable(train, column, size, channels, argument):
+        logger.warning(f"Unreadable image: {message}")
+    kind = ImageStream if data.streaming else ImageDataset
+    transform = TrainTransform(size, channels, scale=(data.min_crop_scale, 1.0))
+    train = kind(train, column, transform, args.seed) if args.do_train else None
+    if not args.do_eval:
+        return train, None
+    return train, kind(validation, column, EvalTransform(size, channels), args.seed)
+
+
+def describe_data(data: DataArguments, trainer: MIMTrainer) -> tuple[str, str | None]:
+    """A sentence for the model card, and the licence that the data asks for, if known."""
+    counts = " and ".join(
+        f"{len(part):,} for {purpose}"
+        for part, purpose in ((trainer.train_dataset, "training"), (trainer.eval_dataset, "evaluation"))
+        if isinstance(part, ImageDataset)
+    )
+    unreadable = f" {len(trainer.unreadable)} images could not be read." if trainer.unreadable else ""
+    if data.train_dir or data.dataset_name:
+        name = data.dataset_name or os.path.basename(os.path.abspath(data.train_dir))
+        return f"`{name}`, {counts or 'as a stream'}.{unreadable}", None
+    return (
+        "[ELPV](https://github.com/zae-bayern/elpv-dataset), electroluminescence photographs of solar cells"
+        f" (CC-BY-NC-SA-4.0): {counts}. The split is fixed.{unreadable}",
+        "cc-by-nc-sa-4.0",
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs pre-training."""
+    argv = sys.argv[1:] if argv is None else argv
+    model_args, data_args, args = parse_arguments(argv)
+    if not (args.do_train or args.do_eval):
+        raise ValueError("Nothing to do: give `do_train`, `do_eval` or both.")
+    logging.basicConfig(
+        format="%(asctime)s %(name)s: %(message)s", level=logging.INFO if args.should_log else logging.ERROR
+    )
+    transformers.utils.logging.set_verbosity(args.get_process_log_level())
+    checkpoint = find_checkpoint(args)
+    set_seed(args.seed)
+
+    if model_args.model_name_or_path:
+        model = GreenMIMForPreTraining.from_pretrained(
+            model_args.model_name_or_path, attn_implementation=model_args.attn_implementation
+        )
+        image_processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path)
+    else:
+        config = build_config(model_args.config_name or "base", model_args.config_overrides)
+        model = GreenMIMForPreTraining._from_config(config, attn_implementation=model_args.attn_implementation)
+        image_processor = build_image_processor(config)
+    train_dataset, eval_dataset = build_datasets(data_args, args, model.config)
+    trainer = MIMTrainer(
+        model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, image_processor=image_processor
+    )
+
+    metrics = {}
+    if args.do_train:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.save_model()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+    picture = None
+    if args.do_eval:
+        evaluated = trainer.evaluate()
+        trainer.log_metrics("eval", evaluated)
+        trainer.save_metrics("eval", evaluated)
+        metrics |= evaluated
+        picture = trainer.last_picture
+    if args.do_train and trainer.is_world_process_zero():
+        command = shlex.join(["python", "run_mim.py", *argv])
+        write_model_card(trainer, metrics, command, *describe_data(data_args, trainer), picture)
+        print(f"\nModel, card and results: {args.output_dir}")
+    if picture:
+        print(f"What the model reconstructs (original, masked input, reconstruction): {picture}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Data sets of images, for the data loader: unlabelled folders, `datasets`, streams, and the default photographs."""
+
+import importlib.resources
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from datasets import Image as ImageFeature
+
+from .images import EvalTransform, UnreadableImageError, read
+from .randomness import AUGMENTATION, SHUFFLE, derived_generator, derived_torch_generator
+
+
+# How many images a start may find unreadable before it gives up looking for a readable one in a stream.
+FIRST_READABLE_WITHIN = 1000
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Images of a `datasets.Dataset`, decoded on access.
+
+    An unreadable image is replaced by the next readable one, so that batches keep their size, and reported.
+
+    Args:
+        records: data set with an undecoded image column.
+        column: name of that column.
+        transform: function of (image source, generator) -> uint8 tensor.
+        seed: what augmentation is derived from, with epoch and sample.
+    """
+
+    def __init__(self, records: datasets.Dataset, column: str, transform, seed: int):
+        self.records, self.column, self.transform, self.seed = records, column, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        """Sample for an index, or for (epoch, index).
+
+        Returns:
+            `pixel_values`, uint8 `(channels, height, width)`, and `unreadable`, a list of messages.
+
+        Raises:
+            `IndexError`: past the end.
+            `UnreadableImageError`: when no image of the data set can be read.
+        """
+        epoch, first = key if isinstance(key, tuple) else (0, key)
+        if first >= len(self):
+            raise IndexError(first)
+        unreadable = []
+        for index in range(first, first + len(self)):
+            index %= len(self)
+            generator = derived_generator(self.seed, AUGMENTATION, epoch, index)
+            try:
+                pixel_values = read(self.records[index][self.column], self.transform, generator)
+            except UnreadableImageError as error:
+                unreadable.append(str(error))
+                continue
+            return {"pixel_values": pixel_values, "unreadable": unreadable}
+        raise UnreadableImageError(f"none of {len(self)} images can be read; the last: {unreadable[-1]}")
+
+
+class ImageStream(torch.utils.data.IterableDataset):
+    """Images of a stream of `datasets`, decoded as they come; unreadable ones are left out and reported.
+
+    Args:
+        records: stream with an undecoded image column.
+        column: name of that column.
+        transform: function of (image source, generator) -> uint8 tensor.
+        seed: what augmentation is derived from, with epoch and place in the (worker's) stream.
+    """
+
+    def __init__(self, records: datasets.IterableDataset, column: str, transform, seed: int):
+        self.records, self.column, self.transform, self.seed = records, column, transform, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the stream shuffle, and augmentation draw, for another epoch."""
+        self.epoch = epoch
+        self.records.set_epoch(epoch)
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        worker_id = 0 if worker is None else worker.id
+        unreadable = []
+        for index, record in enumerate(self.records):
+            generator = derived_generator(self.seed, AUGMENTATION, self.epoch, worker_id, index)
+            try:
+                pixel_values = read(record[self.column], self.transform, generator)
+            except UnreadableImageError as error:
+                unreadable.append(str(error))
+                continue
+            yield {"pixel_values": pixel_values, "unreadable": unreadable}
+            unreadable = []
+
+
+class EpochShuffle(torch.utils.data.Sampler):
+    """Shuffles anew each epoch and yields (epoch, index), so that workers know the epoch whatever their age.
+
+    Args:
+        length: number of samples.
+        seed: what the order is derived from, with the epoch.
+    """
+
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(self.length, generator=derived_torch_generator(self.seed, SHUFFLE, self.epoch))
+        return ((self.epoch, index) for index in order.tolist())
+
+
+def collate(samples: list[dict]) -> dict:
+    """Batch: `pixel_values`, uint8 `(batch, channels, height, width)`, and the messages on unreadable images."""
+    return {
+        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        "unreadable": [message for sample in samples for message in sample["unreadable"]],
+    }
+
+
+def elpv() -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The ELPV photographs of solar cells from their installed package, in a fixed split.
+
+    2,624 electroluminescence photographs, 300x300 px, grey (https://github.com/zae-bayern/elpv-dataset). A cell counts
+    as defective when the probability of a defect is at least 0.5. The split, 75 % for training and 25 % for testing in
+    each class, never changes: no photograph that a model is tested on was ever seen in pre-training.
+
+    Returns:
+        Training and test part with columns `image` (undecoded) and `label`.
+    """
+    folder = Path(str(importlib.resources.files("elpv_dataset"))) / "data"
+    lines = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
+    labels = np.array([int(float(probability) >= 0.5) for _, probability, _ in lines])
+    is_test = np.zeros(len(lines), dtype=bool)
+    for label in (0, 1):
+        members = derived_generator(0, SHUFFLE).permutation(np.flatnonzero(labels == label))
+        is_test[members[: round(len(members) / 4)]] = True
+    features = datasets.Features(
+        {"image": ImageFeature(decode=False), "label": datasets.ClassLabel(names=["functional", "defective"])}
+    )
+    parts = []
+    for chosen in (np.flatnonzero(~is_test), np.flatnonzero(is_test)):
+        paths = [{"path": str(folder / lines[index][0]), "bytes": None} for index in chosen]
+        parts.append(datasets.Dataset.from_dict({"image": paths, "label": labels[chosen].tolist()}, features))
+    return parts[0], parts[1]
+
+
+def load_folder(folder: str, split: str, argument: str) -> datasets.Dataset:
+    """All images below a folder, nested or not, without labels.
+
+    Raises:
+        `ValueError`: when the folder does not exist or holds no image file.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"`{argument}` is {folder!r}, which is not a folder.")
+    suffixes = tuple(datasets.packaged_modules.imagefolder.imagefolder.ImageFolder.EXTENSIONS)
+    paths = sorted(
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(suffixes)
+    )
+    if not paths:
+        raise ValueError(f"`{argument}` is {folder!r}, which holds no image file.")
+    records = [{"path": path, "bytes": None} for path in paths]
+    return datasets.Dataset.from_dict(
+        {"image": records}, datasets.Features({"image": ImageFeature(decode=False)}), split=split
+    )
+
+
+def find_image_column(records, name: str | None) -> str:
+    """The image column: the named one, or the only column of images.
+
+    Raises:
+        `ValueError`: when there is no such column, or the choice is not clear; it lists the columns.
+    """
+    features = records.features if records.features is not None else dict.fromkeys(next(iter(records)))
+    if name is not None:
+        if name not in features:
+            raise ValueError(f"`image_column_name` is {name!r}, but the data set has the columns {list(features)}.")
+        return name
+    images = [column for column, feature in features.items() if isinstance(feature, ImageFeature)]
+    # Streams of WebDataset shards name their columns after the files' suffixes.
+    images = images or [column for column in features if column in ("image", "img", "jpg", "jpeg", "png", "webp")]
+    if len(images) != 1:
+        found = f"the image columns {images}" if images else f"no image column among {list(features)}"
+        raise ValueError(f"`image_column_name` is not given and the data set has {found}; name the one to use.")
+    return images[0]
+
+
+def undecoded(records, column: str):
+    """The data set or stream with its image column left encoded: the workers decode."""
+    return records.select_columns([column]).cast_column(column, ImageFeature(decode=False))
+
+
+def check_first_readable(records, column: str, size: tuple[int, int], channels: int, argument: str) -> list[str]:
+    """Looks for the first image that can be read, before anything else happens.
+
+    Returns:
+        Messages on the unreadable images before it.
+
+    Raises:
+        `ValueError`: when there is none.
+    """
+    unreadable = []
+    for record in records:
+        try:
+            read(record[column], EvalTransform(size, channels), None)
+        except UnreadableImageError as error:
+            unreadable.append(str(error))
+            if isinstance(records, datasets.IterableDataset) and len(unreadable) == FIRST_READABLE_WITHIN:
+                break
+            continue
+        return unreadable
+    examples = "; ".join(unreadable[:3]) or "it is empty"
+    raise ValueError(f"`{argument}` has no readable image among {len(unreadable)}: {examples}.")

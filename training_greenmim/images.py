@@ -1,0 +1,175 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""From image files to uint8 tensors: decoding, conversion, cropping. Runs in the workers of the data loader."""
+
+import math
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+
+Box = tuple[float, float, float, float]
+
+
+class UnreadableImageError(Exception):
+    """An image that cannot be decoded; its text names the image and the cause."""
+
+
+def image_name(source) -> str:
+    """What to call an image in a message."""
+    if isinstance(source, dict):
+        return source.get("path") or "an image without a name"
+    return getattr(source, "filename", None) or "an image without a name"
+
+
+def open_image(source) -> Image.Image:
+    """Opens a file name, a record {"path", "bytes"} of `datasets`, encoded bytes or an image, without decoding it."""
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, dict):
+        source = source["path"] if source.get("bytes") is None else source["bytes"]
+    return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def flatten_mode(image: Image.Image) -> Image.Image:
+    """8-bit grey, RGB or CMYK image without transparency of any other image.
+
+    16-bit values keep their upper byte; transparent parts are laid on white.
+
+    Raises:
+        `ValueError`: for modes without a defined range of values.
+    """
+    if image.mode in ("L", "RGB", "CMYK") and "transparency" not in image.info:
+        return image
+    if image.mode == "F":
+        raise ValueError("floating-point images have no defined range of values")
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def random_crop_box(
+    width: int, height: int, aspect: float, generator: np.random.Generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)
+) -> Box:
+    """Random resized crop (Inception's): an area of `scale` of the image, distorted by a `ratio`.
+
+    Args:
+        width, height: size of the image in pixels.
+        aspect: width / height of what the crop becomes.
+
+    Returns:
+        (left, top, right, bottom) in pixels; after ten crops that do not fit, the largest central one.
+    """
+    for _ in range(10):
+        area = width * height * generator.uniform(*scale)
+        distortion = aspect * math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        crop_width, crop_height = round(math.sqrt(area * distortion)), round(math.sqrt(area / distortion))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(generator.integers(width - crop_width + 1))
+            top = int(generator.integers(height - crop_height + 1))
+            return left, top, left + crop_width, top + crop_height
+    return center_crop_box(width, height, aspect, 1.0)
+
+
+def center_crop_box(width: int, height: int, aspect: float, share: float) -> Box:
+    """Central crop of a given aspect (width / height) that takes `share` of the largest possible side."""
+    crop_width = min(width, height * aspect) * share
+    crop_height = crop_width / aspect
+    left, top = (width - crop_width) / 2, (height - crop_height) / 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def crop_and_resize(image: Image.Image, choose_box, size: tuple[int, int], channels: int) -> Image.Image:
+    """Decodes the part of an opened image that `choose_box` names and resizes it, bicubic.
+
+    JPEGs are decoded at a reduced size where the crop allows it.
+
+    Args:
+        choose_box: function of the upright image's width and height that returns a box.
+        size: height and width of the result.
+        channels: 1 for grey, 3 for RGB.
+    """
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    full_size = image.size[::-1] if orientation >= 5 else image.size
+    box = choose_box(*full_size)
+    # Decoders may halve the size as long as the crop keeps the pixels that it is resized to.
+    shrink = max(size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1]))
+    if shrink < 1:
+        image.draft(None, tuple(math.ceil(side * shrink) for side in image.size))
+    if orientation != 1:
+        image = ImageOps.exif_transpose(image)
+    image = flatten_mode(image)
+    factors = (image.width / full_size[0], image.height / full_size[1])
+    box = tuple(min(edge * factors[i % 2], image.size[i % 2]) for i, edge in enumerate(box))
+    image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """uint8 tensor `(channels, height, width)`."""
+    array = np.array(image)
+    return torch.from_numpy(array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+class TrainTransform:
+    """Random resized crop and horizontal flip, straight to uint8.
+
+    Args:
+        size: height and width of the result in pixels.
+        channels: 1 or 3.
+        scale: range of the crop's share of the image's area.
+    """
+
+    def __init__(self, size: tuple[int, int], channels: int, scale: tuple[float, float] = (0.2, 1.0)):
+        self.size, self.channels, self.scale = size, channels, scale
+
+    def __call__(self, source, generator: np.random.Generator) -> torch.Tensor:
+        """Image source -> uint8 `(channels, height, width)`; the same generator state gives the same crop."""
+        aspect = self.size[1] / self.size[0]
+
+        def choose_box(width, height):
+            return random_crop_box(width, height, aspect, generator, self.scale)
+
+        image = crop_and_resize(open_image(source), choose_box, self.size, self.channels)
+        if generator.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return to_tensor(image)
+
+
+class EvalTransform:
+    """Centre crop: 224/256 of the smaller side, as after the usual resizing.
+
+    Args:
+        size: height and width of the result in pixels.
+        channels: 1 or 3.
+    """
+
+    share = 224 / 256
+
+    def __init__(self, size: tuple[int, int], channels: int):
+        self.size, self.channels = size, channels
+
+    def __call__(self, source, generator=None) -> torch.Tensor:
+        """Image source -> uint8 `(channels, height, width)`."""
+        aspect = self.size[1] / self.size[0]
+
+        def choose_box(width, height):
+            return center_crop_box(width, height, aspect, self.share)
+
+        return to_tensor(crop_and_resize(open_image(source), choose_box, self.size, self.channels))
+
+
+def read(source, transform, generator: np.random.Generator | None) -> torch.Tensor:
+    """Applies a transform to an image source.
+
+    Raises:
+        `UnreadableImageError`: for images that cannot be decoded, whatever the decoder raised.
+    """
+    try:
+        return transform(source, generator)
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
+        raise UnreadableImageError(f"{image_name(source)} ({error})") from error

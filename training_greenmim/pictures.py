@@ -1,0 +1,74 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Pictures: what a model reconstructs, and the loss of a run."""
+
+import matplotlib.figure
+import numpy as np
+import torch
+from PIL import Image
+
+from modeling_greenmim.decoder import normalize_units
+from modeling_greenmim.modeling_greenmim import GreenMIMForPreTraining
+
+
+# Pixels between the pictures of a grid.
+GAP = 4
+
+
+@torch.no_grad()
+def reconstruct(
+    model: GreenMIMForPreTraining, pixel_values: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masked input and reconstruction of normalised images.
+
+    The prediction is scaled back by each unit's own mean and variance where the model predicts normalised pixels, and
+    visible units are pasted in.
+
+    Args:
+        pixel_values: `(batch, channels, height, width)`.
+        logits, mask: the model's outputs for them.
+
+    Returns:
+        Two tensors of the same shape; masked units of the first are 0 (the mean colour).
+    """
+    patches = model.patchify(pixel_values.float())
+    logits, hidden = logits.float(), mask[..., None].bool()
+    if model.config.norm_pix_loss:
+        _, mean, deviation = normalize_units(patches)
+        logits = logits * deviation + mean
+    size = tuple(pixel_values.shape[2:])
+    masked = model.unpatchify(patches.masked_fill(hidden, 0.0), size)
+    return masked, model.unpatchify(torch.where(hidden, logits, patches), size)
+
+
+def picture_grid(columns: list[torch.Tensor], mean: list[float], std: list[float]) -> Image.Image:
+    """One row per image, one column per kind of picture.
+
+    Args:
+        columns: normalised images `(batch, channels, height, width)` each.
+        mean, std: what they were normalised with, per channel.
+    """
+    shape = (-1, 1, 1)
+    mean, std = torch.tensor(mean).view(shape), torch.tensor(std).view(shape)
+    images = torch.stack([column.float().cpu() for column in columns], dim=1) * std + mean
+    images = (images.clamp(0, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).numpy()
+    rows, count, height, width, channels = images.shape
+    grid = np.full((rows * (height + GAP) - GAP, count * (width + GAP) - GAP, channels), 255, dtype=np.uint8)
+    for row in range(rows):
+        for column in range(count):
+            top, left = row * (height + GAP), column * (width + GAP)
+            grid[top : top + height, left : left + width] = images[row, column]
+    return Image.fromarray(grid[..., 0] if channels == 1 else grid)
+
+
+def loss_curve(log_history: list[dict]) -> matplotlib.figure.Figure:
+    """Training and evaluation loss over steps, from the log of `Trainer`."""
+    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation, fixed mask", "o-")):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points), style, label=label, markersize=3)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
