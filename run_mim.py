@@ -34,7 +34,7 @@ from training_greenmim.data import (
     undecoded,
 )
 from training_greenmim.images import EvalTransform, TrainTransform
-from training_greenmim.model_card import write_model_card
+from training_greenmim.model_card import RunFacts
 from training_greenmim.models import MODEL_SIZES, build_config, build_image_processor
 from training_greenmim.trainer import MIMTrainer, last_checkpoint
 
@@ -67,8 +67,8 @@ class ModelArguments:
     def __post_init__(self):
         if self.model_name_or_path and (self.config_name or self.config_overrides):
             raise ValueError(
-                f"`model_name_or_path` is {self.model_name_or_path!r}: its configuration is fixed, so `config_name` and"
-                " `config_overrides` cannot be given."
+                f"`model_name_or_path` is {self.model_name_or_path!r}: its configuration is fixed, so neither"
+                " `config_name` nor `config_overrides` can be given."
             )
 
 
@@ -197,8 +197,9 @@ def build_datasets(data: DataArguments, args: MIMTrainingArguments, config) -> t
     """Training and evaluation sets of decoded images, after a look for the first readable one."""
     train, validation, column, argument = load_data(data, args)
     size, channels = config.image_height_and_width, config.num_channels
-    for message in check_first_readable(train, column, size, channels, argument):
-        logger.warning(f"Unreadable image: {message}")
+    if channels not in (1, 3):
+        raise ValueError(f"`num_channels` is {channels}; images have 1 (grey) or 3 (RGB).")
+    check_first_readable(train, column, size, channels, argument)
     kind = ImageStream if data.streaming else ImageDataset
     transform = TrainTransform(size, channels, scale=(data.min_crop_scale, 1.0))
     train = kind(train, column, transform, args.seed) if args.do_train else None
@@ -207,22 +208,31 @@ def build_datasets(data: DataArguments, args: MIMTrainingArguments, config) -> t
     return train, kind(validation, column, EvalTransform(size, channels), args.seed)
 
 
-def describe_data(data: DataArguments, trainer: MIMTrainer) -> tuple[str, str | None]:
-    """A sentence for the model card, and the licence that the data asks for, if known."""
-    counts = " and ".join(
-        f"{len(part):,} for {purpose}"
-        for part, purpose in ((trainer.train_dataset, "training"), (trainer.eval_dataset, "evaluation"))
-        if isinstance(part, ImageDataset)
-    )
-    unreadable = f" {len(trainer.unreadable)} images could not be read." if trainer.unreadable else ""
+def describe_run(argv: list[str], data: DataArguments, datasets_by_purpose: dict) -> RunFacts:
+    """What the model card tells of the run."""
+    counts = [
+        f"{len(part):,} for {name}" for name, part in datasets_by_purpose.items() if isinstance(part, ImageDataset)
+    ]
+    counts = " and ".join(counts) or "as a stream"
+    command = shlex.join(["python", "run_mim.py", *argv])
     if data.train_dir or data.dataset_name:
         name = data.dataset_name or os.path.basename(os.path.abspath(data.train_dir))
-        return f"`{name}`, {counts or 'as a stream'}.{unreadable}", None
-    return (
-        "[ELPV](https://github.com/zae-bayern/elpv-dataset), electroluminescence photographs of solar cells"
-        f" (CC-BY-NC-SA-4.0): {counts}. The split is fixed.{unreadable}",
-        "cc-by-nc-sa-4.0",
-    )
+        return RunFacts(command, f"Images of `{name}`: {counts}.")
+    elpv_page = "[ELPV](https://github.com/zae-bayern/elpv-dataset)"
+    sentence = f"{elpv_page}, electroluminescence photographs of solar cells (CC-BY-NC-SA-4.0): {counts}."
+    return RunFacts(command, f"{sentence} The split is fixed.", "cc-by-nc-sa-4.0")
+
+
+def build_model(model_args: ModelArguments) -> tuple:
+    """The model, new or from a checkpoint, and its image processor."""
+    attention = model_args.attn_implementation
+    if model_args.model_name_or_path:
+        name = model_args.model_name_or_path
+        model = GreenMIMForPreTraining.from_pretrained(name, attn_implementation=attention)
+        return model, AutoImageProcessor.from_pretrained(name)
+    config = build_config(model_args.config_name or "base", model_args.config_overrides)
+    model = GreenMIMForPreTraining._from_config(config, attn_implementation=attention)
+    return model, build_image_processor(config)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -231,47 +241,37 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(argv)
     if not (args.do_train or args.do_eval):
         raise ValueError("Nothing to do: give `do_train`, `do_eval` or both.")
-    logging.basicConfig(
-        format="%(asctime)s %(name)s: %(message)s", level=logging.INFO if args.should_log else logging.ERROR
-    )
+    level = logging.INFO if args.should_log else logging.ERROR
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=level)
     transformers.utils.logging.set_verbosity(args.get_process_log_level())
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
-
-    if model_args.model_name_or_path:
-        model = GreenMIMForPreTraining.from_pretrained(
-            model_args.model_name_or_path, attn_implementation=model_args.attn_implementation
-        )
-        image_processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path)
-    else:
-        config = build_config(model_args.config_name or "base", model_args.config_overrides)
-        model = GreenMIMForPreTraining._from_config(config, attn_implementation=model_args.attn_implementation)
-        image_processor = build_image_processor(config)
+    model, image_processor = build_model(model_args)
     train_dataset, eval_dataset = build_datasets(data_args, args, model.config)
     trainer = MIMTrainer(
-        model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, image_processor=image_processor
+        model,
+        args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        image_processor=image_processor,
+        facts=describe_run(argv, data_args, {"training": train_dataset, "evaluation": eval_dataset}),
     )
 
-    metrics = {}
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
-        trainer.save_state()
-    picture = None
     if args.do_eval:
-        evaluated = trainer.evaluate()
-        trainer.log_metrics("eval", evaluated)
-        trainer.save_metrics("eval", evaluated)
-        metrics |= evaluated
-        picture = trainer.last_picture
-    if args.do_train and trainer.is_world_process_zero():
-        command = shlex.join(["python", "run_mim.py", *argv])
-        write_model_card(trainer, metrics, command, *describe_data(data_args, trainer), picture)
-        print(f"\nModel, card and results: {args.output_dir}")
-    if picture:
-        print(f"What the model reconstructs (original, masked input, reconstruction): {picture}")
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if args.do_train:
+        trainer.save_state()
+        trainer.create_model_card()
+        logger.info(f"Model, card and results: {args.output_dir}")
+    if trainer.last_picture:
+        logger.info(f"Originals, masked inputs and reconstructions: {trainer.last_picture}")
     if args.push_to_hub:
         trainer.push_to_hub()
 

@@ -21,7 +21,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: `(batch, heads, length, head_dim)` each -> `(batch, length, heads, head_dim)`, weights."""
+    """Attention written out: `(batch, heads, length, head_dim)` -> `(batch, length, heads, head_dim)`, weights."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask

@@ -8,6 +8,7 @@ the mask, the grid, the window and the shift alone: it is made once per (stage, 
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
@@ -98,7 +99,9 @@ def choose_groups(counts: np.ndarray, num_tokens: int) -> tuple[int, int, list[l
         return None
     largest = int(counts.max())
     histograms = [np.bincount(row, minlength=largest + 1).tolist() for row in counts]
-    for group_size in range(largest, min(2 * largest, num_tokens) + 1):
+    for group_size in range(largest, num_tokens + 1):
+        if num_tokens * (group_size + SLOT_COST) >= best_cost:
+            break  # larger groups cost more even without padding
         cost_of_group = group_size * (group_size + SLOT_COST)
         if -(-num_tokens // group_size) * cost_of_group >= best_cost:
             continue
@@ -136,14 +139,15 @@ def plan_groups(
 
     group_size, num_groups, first_slots = packing
     num_slots = num_groups * group_size
-    window_starts = np.empty_like(counts_of_plans)
+    window_starts = np.zeros_like(counts_of_plans)
     by_size = np.argsort(counts_of_plans, axis=1, kind="stable")
     for plan, slots_by_size in enumerate(first_slots):
-        starts = [plan * num_slots + slot for slots in slots_by_size for slot in slots]
+        starts = list(chain.from_iterable(slots_by_size))
         window_starts[plan, by_size[plan, num_windows - len(starts) :]] = starts
+        window_starts[plan] += plan * num_slots
     # In window order the i-th token comes `i - tokens of the windows before` slots after the start of its window.
     order = np.argsort(windows, kind="stable")
-    slots = (window_starts.ravel() - (np.cumsum(counts) - counts))[windows[order]] + np.arange(len(order))
+    slots = np.repeat(window_starts.ravel() - (np.cumsum(counts) - counts), counts) + np.arange(len(order))
 
     slot_of_token, token_of_slot = np.empty_like(order), np.zeros(num_plans * num_slots, dtype=np.int64)
     slot_of_token[order], token_of_slot[slots] = slots, order
@@ -238,21 +242,24 @@ def plan_stages(
         even = odd = plan_groups(places, grid, window_size, 0, padded_grid)
         if min(grid) > window_size > 1:
             odd = plan_groups(places, grid, window_size, window_size // 2, padded_grid)
-        inside = (places // padded_grid[1] < grid[0]) & (places % padded_grid[1] < grid[1])
+        inside = None
+        if grid != padded_grid:
+            inside = (places // padded_grid[1] < grid[0]) & (places % padded_grid[1] < grid[1])
         stages.append(
             StagePlan(
                 grid,
                 (even, odd),
-                None if grid == padded_grid else torch.from_numpy(inside[0])[:, None],
+                None if inside is None else torch.from_numpy(inside[0])[:, None],
                 _raster_order(places, inside) if raster else None,
             )
         )
     return tuple(stages)
 
 
-def _raster_order(places: np.ndarray, inside: np.ndarray) -> torch.Tensor:
+def _raster_order(places: np.ndarray, inside: np.ndarray | None) -> torch.Tensor:
     order = np.argsort(places, axis=1, kind="stable")
-    order = order[np.take_along_axis(inside, order, axis=1)].reshape(len(places), -1)
+    if inside is not None:
+        order = order[np.take_along_axis(inside, order, axis=1)].reshape(len(places), -1)
     return torch.from_numpy(order + places.shape[1] * np.arange(len(places))[:, None])
 
 

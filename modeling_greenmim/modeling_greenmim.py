@@ -99,6 +99,8 @@ class GreenMIMPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    # Losses are means over a micro-batch; Trainer averages them over the micro-batches of a step.
+    accepts_loss_kwargs = False
     _no_split_modules = ["GreenMIMEmbeddings", "GreenMIMSwinBlock", "GreenMIMDecoder"]
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -307,7 +309,7 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> GreenMIMForPreTrainingOutput:
-        """Predicts the pixels of masked units; without a mask, one random mask of `config.mask_ratio` serves the batch.
+        """Predicts the pixels of masked units; by default one random mask of `config.mask_ratio` serves the batch.
 
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`; each side a multiple of the mask unit.

@@ -1,9 +1,10 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Training arguments of pre-training: Transformers' own with the recipe's defaults (DESIGN of GreenMIM and MAE)."""
+"""Training arguments of pre-training: Transformers' own, with the defaults of GreenMIM's recipe."""
 
 import os
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 
@@ -47,6 +48,9 @@ class MIMTrainingArguments(TrainingArguments):
     dataloader_num_workers: int | None = field(
         default=None, metadata={"help": "Workers of the data loader; default: the process's share of cores, up to 8."}
     )
+    dataloader_pin_memory: bool | None = field(
+        default=None, metadata={"help": "Pin batches in memory; default: where there is a CUDA device."}
+    )
     dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep workers between epochs."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Data sets here have no unused columns."})
 
@@ -55,6 +59,8 @@ class MIMTrainingArguments(TrainingArguments):
             self.dataloader_num_workers = default_num_workers()
         if self.dataloader_num_workers == 0:
             self.dataloader_persistent_workers = False
+        if self.dataloader_pin_memory is None:
+            self.dataloader_pin_memory = torch.cuda.is_available()
         if self.base_learning_rate is not None and self.learning_rate is not None:
             raise ValueError(
                 f"`learning_rate` is {self.learning_rate} and `base_learning_rate` is {self.base_learning_rate};"

@@ -202,14 +202,11 @@ def undecoded(records, column: str):
     return records.select_columns([column]).cast_column(column, ImageFeature(decode=False))
 
 
-def check_first_readable(records, column: str, size: tuple[int, int], channels: int, argument: str) -> list[str]:
-    """Looks for the first image that can be read, before anything else happens.
-
-    Returns:
-        Messages on the unreadable images before it.
+def check_first_readable(records, column: str, size: tuple[int, int], channels: int, argument: str) -> None:
+    """Looks for an image that can be read, before anything else happens.
 
     Raises:
-        `ValueError`: when there is none.
+        `ValueError`: when there is none, naming the first that cannot be read.
     """
     unreadable = []
     for record in records:
@@ -220,6 +217,6 @@ def check_first_readable(records, column: str, size: tuple[int, int], channels: 
             if isinstance(records, datasets.IterableDataset) and len(unreadable) == FIRST_READABLE_WITHIN:
                 break
             continue
-        return unreadable
+        return
     examples = "; ".join(unreadable[:3]) or "it is empty"
     raise ValueError(f"`{argument}` has no readable image among {len(unreadable)}: {examples}.")

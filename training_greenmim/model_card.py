@@ -3,6 +3,7 @@
 
 import os
 import shutil
+from dataclasses import dataclass
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -15,9 +16,9 @@ TEMPLATE = """---
 
 # {title}
 
-A Swin transformer pre-trained with [GreenMIM](https://huggingface.co/papers/2205.13515): {mask_percent} % of each image
-is hidden in units of {unit}x{unit} px, the encoder runs on the visible units only, and a small decoder predicts the
-pixels of the hidden ones. It holds encoder and decoder; the encoder is what later tasks start from.
+A Swin transformer pre-trained with [GreenMIM](https://huggingface.co/papers/2205.13515): {mask_percent} % of each
+image is hidden in units of {unit}x{unit} px, the encoder runs on the visible units only, and a small decoder predicts
+the pixels of the hidden ones. It holds encoder and decoder; the encoder is what later tasks start from.
 
 ## Use
 
@@ -80,7 +81,7 @@ def _recipe(trainer) -> dict:
         "encoder": f"embed_dim {config.embed_dim}, depths {config.depths}, heads {config.num_heads},"
         f" window {config.window_size}",
         "image size": f"{height}x{width} px, patches of {config.patch_size} px",
-        "masks": f"ratio {config.mask_ratio}, {'one per image' if args.mask_per_sample else 'one per step and process'}",
+        "masks": f"ratio {config.mask_ratio}, one per {'image' if args.mask_per_sample else 'step and process'}",
         "target": "pixels normalised per unit" if config.norm_pix_loss else "pixels",
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch, 2),
@@ -92,45 +93,59 @@ def _recipe(trainer) -> dict:
     }
 
 
-def write_model_card(
-    trainer, metrics: dict, command: str, data: str, license_name: str | None, picture: str | None
-) -> None:
-    """Writes README.md, the loss curve and the last reconstruction picture into the output folder.
+def _results(log_history: list[dict]) -> dict:
+    """The last numbers of training and of evaluation."""
+    results = {}
+    for name in ("train_loss", "eval_loss"):
+        entries = [entry for entry in log_history if name in entry]
+        results |= entries[-1] if entries else {}
+    return {name: f"{value:.5g}" for name, value in results.items() if name not in ("step", "epoch", "total_flos")}
 
-    Args:
-        trainer: a finished `MIMTrainer`.
-        metrics: numbers for the table of results.
-        command: what started the run.
+
+@dataclass
+class RunFacts:
+    """What a trainer does not know of its run.
+
+    Attributes:
+        command: what started it.
         data: a sentence on the images.
         license_name: the Hub's name of the licence that the data asks for, if known.
-        picture: file of the last reconstructions, if any.
     """
+
+    command: str
+    data: str
+    license_name: str | None = None
+
+
+def write_model_card(trainer, facts: RunFacts) -> None:
+    """Writes README.md, the loss curve and the last reconstruction picture into the output folder of a trainer."""
     folder, config = trainer.args.output_dir, trainer.model.config
     loss_curve(trainer.state.log_history).savefig(os.path.join(folder, "loss_curve.png"), dpi=120)
     pictures = ""
-    if picture:
-        shutil.copy(picture, os.path.join(folder, "reconstruction.png"))
+    if trainer.last_picture:
+        shutil.copy(trainer.last_picture, os.path.join(folder, "reconstruction.png"))
         pictures = (
             "Images that were not trained on: original, masked input, reconstruction (visible units pasted in, hidden"
             " ones scaled back by their own mean and variance).\n\n![Reconstructions](reconstruction.png)"
         )
     location = trainer.args.hub_model_id or os.path.basename(os.path.abspath(folder))
     metadata = ModelCardData(
-        license=license_name,
+        license=facts.license_name,
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=["greenmim", "swin", "masked-image-modeling"],
     )
+    unreadable = f" {len(trainer.unreadable)} of them could not be read." if trainer.unreadable else ""
     content = TEMPLATE.format(
         metadata=metadata.to_yaml(),
         title=os.path.basename(location),
         mask_percent=f"{100 * config.mask_ratio:g}",
         unit=config.encoder_stride,
         location=location,
-        data=data,
+        data=facts.data + unreadable,
         recipe=_table(_recipe(trainer)),
-        command=command,
-        results=_table({name: f"{value:.5g}" for name, value in metrics.items() if isinstance(value, (int, float))}),
+        command=facts.command,
+        results=_table(_results(trainer.state.log_history)),
         pictures=pictures,
     )
     ModelCard(content).save(os.path.join(folder, "README.md"))

@@ -18,6 +18,7 @@ from modeling_greenmim.attention import GreenMIMWindowAttention
 from modeling_greenmim.masking import sample_noise
 
 from .data import EpochShuffle, ImageDataset, collate
+from .model_card import RunFacts, write_model_card
 from .pictures import picture_grid, reconstruct
 from .randomness import MASK, MODEL, derived_seed, derived_torch_generator
 
@@ -96,10 +97,13 @@ class MIMTrainer(Trainer):
 
     Args:
         image_processor: its mean and standard deviation normalise images; it is saved beside the model.
+        facts: what the model card tells of the run; None = no card.
         kwargs: those of `Trainer`.
     """
 
-    def __init__(self, *args, image_processor, **kwargs):
+    def __init__(self, *args, image_processor, facts: RunFacts | None = None, **kwargs):
+        self.facts = facts
+        self.last_picture: str | None = None
         super().__init__(*args, data_collator=collate, processing_class=image_processor, **kwargs)
         shape = (-1, 1, 1)
         self.image_mean = torch.tensor(image_processor.image_mean).view(shape)
@@ -110,7 +114,6 @@ class MIMTrainer(Trainer):
         self.throughput = _ThroughputCallback()
         self.add_callback(self.throughput)
         self._micro_batch_of_step = (-1, 0)
-        self.last_picture: str | None = None
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -221,3 +224,8 @@ class MIMTrainer(Trainer):
         if self.unreadable:
             logs["unreadable_images"] = len(self.unreadable)
         super().log(logs, start_time)
+
+    def create_model_card(self, **kwargs) -> None:
+        """Writes README.md with its pictures; called by `push_to_hub` too."""
+        if self.facts is not None and self.is_world_process_zero():
+            write_model_card(self, self.facts)
