@@ -6,7 +6,7 @@ section 3.2); attention is dense inside a group, and a mask lets through only pa
 the mask, the grid, the window and the shift alone: it is made once per (stage, shift), on the CPU, in NumPy.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 
@@ -41,14 +41,17 @@ class GroupPlan:
 
     def to(self, device: torch.device) -> "GroupPlan":
         """The plan with its index tensors on `device`."""
-        names = ("token_of_slot", "slot_of_token", "bias_index")
-        moved = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: value if value is None else value.to(device) for name, value in moved.items()})
+        tensors = (self.token_of_slot, self.slot_of_token, self.bias_index)
+        return GroupPlan(self.group_size, *(_move(tensor, device) for tensor in tensors))
 
     @property
     def num_slots(self) -> int:
         """Slots of all groups of one plan, padding included."""
         return self.bias_index.shape[1] * self.group_size
+
+
+def _move(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device)
 
 
 def pack_windows(num_windows_of_size: list[int], group_size: int) -> tuple[list[list[int]], int]:
@@ -215,8 +218,8 @@ class StagePlan:
         return StagePlan(
             self.grid,
             (moved, moved if odd is even else odd.to(device)),
-            None if self.inside is None else self.inside.to(device),
-            None if self.raster is None else self.raster.to(device),
+            _move(self.inside, device),
+            _move(self.raster, device),
         )
 
 
@@ -249,7 +252,7 @@ def plan_stages(
             StagePlan(
                 grid,
                 (even, odd),
-                None if inside is None else torch.from_numpy(inside[0])[:, None],
+                None if inside is None else torch.from_numpy(inside[0, :, None]),
                 _raster_order(places, inside) if raster else None,
             )
         )
@@ -263,11 +266,17 @@ def _raster_order(places: np.ndarray, inside: np.ndarray | None) -> torch.Tensor
     return torch.from_numpy(order + places.shape[1] * np.arange(len(places))[:, None])
 
 
-@lru_cache(maxsize=64)
 def plan_all_visible(
     patch_grid: tuple[int, int], window_sizes: tuple[int, ...], device: torch.device
 ) -> tuple[StagePlan, ...]:
-    """`plan_stages` with every unit visible, kept: it depends on the input size alone."""
+    """`plan_stages` with every unit visible; it depends on the input size alone and is kept."""
+    # What is made while a model is exported belongs to the exporter, which turns it into constants.
+    plan = _plan_all_visible.__wrapped__ if torch.compiler.is_exporting() else _plan_all_visible
+    return plan(patch_grid, window_sizes, device)
+
+
+@lru_cache(maxsize=64)
+def _plan_all_visible(patch_grid, window_sizes, device):
     unit = 2 ** (len(window_sizes) - 1)
     num_units = -(-patch_grid[0] // unit) * -(-patch_grid[1] // unit)
     plans = plan_stages(np.arange(num_units)[None], patch_grid, window_sizes, raster=True)
