@@ -20,7 +20,7 @@ from pathlib import Path
 import datasets
 import transformers
 import yaml
-from transformers import AutoImageProcessor, HfArgumentParser, set_seed
+from transformers import AutoImageProcessor, AutoModelForPreTraining, HfArgumentParser, set_seed
 
 from modeling_greenmim import GreenMIMForPreTraining
 from training_greenmim.arguments import MIMTrainingArguments
@@ -231,7 +231,7 @@ def build_model(model_args: ModelArguments) -> tuple:
         model = GreenMIMForPreTraining.from_pretrained(name, attn_implementation=attention)
         return model, AutoImageProcessor.from_pretrained(name)
     config = build_config(model_args.config_name or "base", model_args.config_overrides)
-    model = GreenMIMForPreTraining._from_config(config, attn_implementation=attention)
+    model = AutoModelForPreTraining.from_config(config, attn_implementation=attention)
     return model, build_image_processor(config)
 
 

@@ -127,6 +127,18 @@ class GreenMIMPreTrainedModel(PreTrainedModel):
                 f" (batch, {channels}, height, width)."
             )
 
+    def _unit_grid(self, pixel_values: torch.Tensor | None) -> tuple[int, int]:
+        """Rows and columns of mask units of images whose shape and size fit."""
+        self._check_pixel_values(pixel_values)
+        height, width = pixel_values.shape[2:]
+        unit = self.config.encoder_stride
+        if height == 0 or width == 0 or height % unit or width % unit:
+            raise ValueError(
+                f"`pixel_values` has images of {height}x{width} pixels; each side must be a positive multiple of"
+                f" {unit}, the mask unit. Resize or pad them (GreenMIMBackbone pads by itself)."
+            )
+        return height // unit, width // unit
+
 
 class GreenMIMModel(GreenMIMPreTrainedModel):
     """The encoder without a head. It sees every unit, or the visible ones alone when a mask is given.
@@ -172,11 +184,10 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
         Raises:
             `ValueError`: for wrong shapes, sizes or masks, naming the argument.
         """
-        self._check_pixel_values(pixel_values)
+        unit_grid = self._unit_grid(pixel_values)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        unit_grid = self._unit_grid(pixel_values)
         visible = self._visible_units(unit_grid, len(pixel_values), bool_masked_pos, noise, mask_ratio)
         plans = self._plans(unit_grid, visible, pixel_values.device, output_hidden_states or output_attentions)
         if visible is not None:
@@ -202,16 +213,6 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
             attentions=encoded.attentions,
             reshaped_hidden_states=reshaped,
         )
-
-    def _unit_grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        height, width = pixel_values.shape[2:]
-        unit = self.config.encoder_stride
-        if height == 0 or width == 0 or height % unit or width % unit:
-            raise ValueError(
-                f"`pixel_values` has images of {height}x{width} pixels; each side must be a positive multiple of"
-                f" {unit}, the mask unit. Resize or pad them (GreenMIMBackbone pads by itself)."
-            )
-        return height // unit, width // unit
 
     def _visible_units(self, unit_grid, batch_size, bool_masked_pos, noise, mask_ratio) -> torch.Tensor | None:
         """Visible units on the CPU, `(1 or batch_size, num_visible)`; None when every unit is visible."""
@@ -270,8 +271,7 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
         Raises:
             `ValueError`: for wrong shapes or sizes.
         """
-        self._check_pixel_values(pixel_values)
-        self.greenmim._unit_grid(pixel_values)
+        self._unit_grid(pixel_values)
         return patchify(pixel_values, self.config.encoder_stride)
 
     def unpatchify(
@@ -320,6 +320,7 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
         Raises:
             `ValueError`: for wrong shapes, sizes or masks, naming the argument.
         """
+        unit_grid = self._unit_grid(pixel_values)
         outputs = self.greenmim(
             pixel_values,
             bool_masked_pos=bool_masked_pos,
@@ -330,7 +331,6 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
         )
         if outputs.mask is None:
             raise ValueError("`bool_masked_pos` masks no unit; pre-training needs at least one masked unit.")
-        unit_grid = self.greenmim._unit_grid(pixel_values)
         logits = self.decoder(outputs.last_hidden_state, outputs.visible_units, unit_grid)
         patches = patchify(pixel_values, self.config.encoder_stride)
         return GreenMIMForPreTrainingOutput(

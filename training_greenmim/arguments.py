@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 
 def default_num_workers() -> int:
     """Workers of the data loader: this process's share of the usable cores, at most 8."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, min(8, len(os.sched_getaffinity(0)) // processes))
+    # Where the system knows no affinity, every core counts as usable.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 @dataclass
