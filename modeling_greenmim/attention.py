@@ -75,14 +75,13 @@ class GreenMIMWindowAttention(nn.Module):
         Groups are folded into the heads, so that one bias serves the batch.
         """
         qkv = self.qkv(hidden_states)
+        groups = (1, qkv.shape[1])
         if plan.token_of_slot is not None:
-            qkv = take_tokens(qkv, plan.token_of_slot)
+            groups = plan.token_of_slot.shape[1:]
+            qkv = take_tokens(qkv, plan.token_of_slot.flatten(1))
         # (batch, groups * slots, width) each -> (batch, heads * groups, slots, head_dim)
         query, key, value = (
-            part.unflatten(2, (self.num_heads, -1))
-            .unflatten(1, (-1, plan.group_size))
-            .permute(0, 3, 1, 2, 4)
-            .flatten(1, 2)
+            part.unflatten(2, (self.num_heads, -1)).unflatten(1, groups).permute(0, 3, 1, 2, 4).flatten(1, 2)
             for part in qkv.chunk(3, dim=-1)
         )
         output, weights = attend(self, query, key, value, self.position_bias(plan, query.dtype))

@@ -2,6 +2,7 @@
 """GreenMIM model configuration."""
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -59,7 +60,8 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
     `num_hidden_layers` (number of stages), `num_attention_heads`, `stage_names`.
 
     Raises:
-        `ValueError`: when values contradict one another, naming argument and value.
+        `huggingface_hub.errors.StrictDataclassError`: when values are of the wrong type or contradict one another,
+        naming argument and value.
 
     Example:
 
@@ -167,6 +169,10 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         for stage, heads in enumerate(self.num_heads):
             width = self.embed_dim * 2**stage
             _require(width % heads == 0, "num_heads", self.num_heads, f"{heads} does not divide stage width {width}")
+        for name in ("layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            _require(value >= 0, name, value, "it cannot be negative")
+        _require(self.hidden_act in ACT2FN, "hidden_act", self.hidden_act, f"it must be one of {', '.join(ACT2FN)}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             value = getattr(self, name)
             _require(0 <= value < 1, name, value, "it must be in [0, 1)")

@@ -16,8 +16,9 @@ def sincos_positions(grid: tuple[int, int], width: int, device: torch.device, dt
 
     The first half of the channels encodes the column, the second the row; each half is sines, then cosines.
     """
-    frequencies = 10000.0 ** (-torch.arange(width // 4, device=device, dtype=torch.float32) / (width // 4))
-    sides = [torch.arange(side, device=device, dtype=torch.float32)[:, None] * frequencies for side in grid]
+    precision = torch.promote_types(dtype, torch.float32)
+    frequencies = 10000.0 ** (-torch.arange(width // 4, device=device, dtype=precision) / (width // 4))
+    sides = [torch.arange(side, device=device, dtype=precision)[:, None] * frequencies for side in grid]
     rows, columns = (torch.cat([angles.sin(), angles.cos()], dim=1) for angles in sides)
     shape = (*grid, width // 2)
     positions = torch.cat([columns[None].expand(shape), rows[:, None].expand(shape)], dim=2)

@@ -25,8 +25,7 @@ class GroupPlan:
     """Slots of the tokens of one stage for one shift. `plans` is 1 (shared by the batch) or the batch size.
 
     Attributes:
-        group_size: slots of a group.
-        token_of_slot: `(plans, num_groups * group_size)` int64, tokens counted through all plans; padding slots hold
+        token_of_slot: `(plans, num_groups, group_size)` int64, tokens counted through all plans; padding slots hold
             token 0. None when one group holds every token in its own order: nothing moves then.
         slot_of_token: `(plans, num_tokens)` int64, slots counted through all plans; None likewise.
         bias_index: `(plans, num_groups, group_size, group_size)` int32: for a query and a key of one window the row of
@@ -34,7 +33,6 @@ class GroupPlan:
             Padding slots form a window of their own, so that no softmax row is empty.
     """
 
-    group_size: int
     token_of_slot: torch.Tensor | None
     slot_of_token: torch.Tensor | None
     bias_index: torch.Tensor
@@ -42,7 +40,12 @@ class GroupPlan:
     def to(self, device: torch.device) -> "GroupPlan":
         """The plan with its index tensors on `device`."""
         tensors = (self.token_of_slot, self.slot_of_token, self.bias_index)
-        return GroupPlan(self.group_size, *(_move(tensor, device) for tensor in tensors))
+        return GroupPlan(*(_move(tensor, device) for tensor in tensors))
+
+    @property
+    def group_size(self) -> int:
+        """Slots of a group."""
+        return self.bias_index.shape[2]
 
     @property
     def num_slots(self) -> int:
@@ -138,7 +141,7 @@ def plan_groups(
     counts_of_plans = counts.reshape(num_plans, num_windows)
     packing = choose_groups(counts_of_plans, num_tokens)
     if packing is None:
-        return GroupPlan(num_tokens, None, None, _bias_index(keys[:, None], window_size))
+        return GroupPlan(None, None, _bias_index(keys[:, None], window_size))
 
     group_size, num_groups, first_slots = packing
     num_slots = num_groups * group_size
@@ -156,11 +159,11 @@ def plan_groups(
     slot_of_token[order], token_of_slot[slots] = slots, order
     key_of_slot = np.full(num_plans * num_slots, -1, dtype=np.int32)
     key_of_slot[slot_of_token] = keys.ravel()
+    shape = (num_plans, num_groups, group_size)
     return GroupPlan(
-        group_size,
-        torch.from_numpy(token_of_slot.reshape(num_plans, -1)),
-        torch.from_numpy(slot_of_token.reshape(num_plans, -1)),
-        _bias_index(key_of_slot.reshape(num_plans, num_groups, group_size), window_size),
+        torch.from_numpy(token_of_slot.reshape(shape)),
+        torch.from_numpy(slot_of_token.reshape(num_plans, num_tokens)),
+        _bias_index(key_of_slot.reshape(shape), window_size),
     )
 
 
@@ -230,7 +233,8 @@ def plan_stages(
 
     Args:
         visible_units: `(1 or batch, num_visible)`, ascending.
-        patch_grid: rows and columns of patches; units that overhang it right or below hold padding.
+        patch_grid: rows and columns of patches. Units that overhang it right or below hold padding; one mask only
+            then.
         window_sizes: window of each stage.
         raster: whether tokens will be put into raster order.
     """
@@ -279,5 +283,7 @@ def plan_all_visible(
 def _plan_all_visible(patch_grid, window_sizes, device):
     unit = 2 ** (len(window_sizes) - 1)
     num_units = -(-patch_grid[0] // unit) * -(-patch_grid[1] // unit)
-    plans = plan_stages(np.arange(num_units)[None], patch_grid, window_sizes, raster=True)
-    return tuple(plan.to(device) for plan in plans)
+    # Tensors made in inference mode could not serve training later.
+    with torch.inference_mode(False):
+        plans = plan_stages(np.arange(num_units)[None], patch_grid, window_sizes, raster=True)
+        return tuple(plan.to(device) for plan in plans)

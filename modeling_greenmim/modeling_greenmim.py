@@ -188,7 +188,7 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        visible = self._visible_units(unit_grid, len(pixel_values), bool_masked_pos, noise, mask_ratio)
+        visible = self._visible_units(unit_grid, pixel_values.shape[0], bool_masked_pos, noise, mask_ratio)
         plans = self._plans(unit_grid, visible, pixel_values.device, output_hidden_states or output_attentions)
         if visible is not None:
             visible = visible.to(pixel_values.device)
@@ -203,7 +203,7 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
             if visible is None:
                 reshaped = tuple(_to_map(state, plan) for state, plan in states)
         if visible is not None:
-            mask = unit_mask(visible, unit_grid[0] * unit_grid[1]).expand(len(pixel_values), -1)
+            mask = unit_mask(visible, unit_grid[0] * unit_grid[1]).expand(pixel_values.shape[0], -1)
         return GreenMIMModelOutput(
             last_hidden_state=latents,
             pooler_output=latents.mean(dim=1),

@@ -1,0 +1,242 @@
+"""Plans: properties that every plan must have, checked against the formula for each pair of tokens."""
+
+import itertools
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_greenmim import grouping
+from modeling_greenmim.grouping import choose_groups, pack_windows, plan_all_visible, plan_groups, plan_stages
+from tests.oracle import bias_row, nested_coordinates, shift_of, window_of
+
+
+properties = settings(derandomize=True, deadline=None, max_examples=80)
+
+
+def slots_of(plan, row: int, num_tokens: int) -> np.ndarray:
+    """Slot of each token, counted inside its own plan."""
+    if plan.slot_of_token is None:
+        return np.arange(num_tokens)
+    return plan.slot_of_token[row].numpy() - row * plan.num_slots
+
+
+def rows_of_pairs(plan, row: int, num_tokens: int, outside: int) -> np.ndarray:
+    """What a plan says of each pair of tokens: a row of the bias table, or `outside` where they do not meet."""
+    slots = slots_of(plan, row, num_tokens)
+    group, place = slots // plan.group_size, slots % plan.group_size
+    index = plan.bias_index[row].numpy()[group[:, None], place[:, None], place[None, :]]
+    return np.where(group[:, None] == group[None, :], index, outside)
+
+
+def expected_rows(coordinates, grid, window: int, shift: int) -> np.ndarray:
+    """The same from the formula, pair by pair; -1 for pairs of two padding tokens, which may or may not meet."""
+    outside = (2 * window - 1) ** 2
+    windows = [window_of(*place, window, shift) for place in coordinates]
+    padding = [place[0] >= grid[0] or place[1] >= grid[1] for place in coordinates]
+    rows = np.full((len(coordinates), len(coordinates)), outside)
+    for q, k in itertools.product(range(len(coordinates)), repeat=2):
+        if padding[q] and padding[k] and q != k:
+            rows[q, k] = -1
+        elif padding[q] == padding[k] and windows[q] == windows[k]:
+            rows[q, k] = bias_row(coordinates[q], coordinates[k], window)
+    return rows
+
+
+def check_plan(plan, row: int, coordinates, grid, window: int, shift: int) -> None:
+    """Everything that a plan promises for one mask."""
+    num_tokens, outside = len(coordinates), (2 * window - 1) ** 2
+    num_groups = plan.bias_index.shape[1]
+    assert plan.bias_index.shape[1:] == (num_groups, plan.group_size, plan.group_size)
+    assert plan.bias_index.dtype == torch.int32
+    assert plan.bias_index.min() >= 0 and plan.bias_index.max() <= outside
+    slots = slots_of(plan, row, num_tokens)
+    # Every token has one slot, and that slot holds it; other slots hold some token that exists.
+    assert len(set(slots.tolist())) == num_tokens
+    assert slots.min() >= 0 and slots.max() < num_groups * plan.group_size
+    if plan.token_of_slot is not None:
+        tokens = plan.token_of_slot[row].flatten().numpy()
+        assert (tokens[slots] == np.arange(num_tokens) + row * num_tokens).all()
+        assert tokens.min() >= 0 and tokens.max() < plan.token_of_slot.shape[0] * num_tokens
+    # No window is split over groups.
+    group_of_window = {}
+    for place, slot in zip(coordinates, slots):
+        is_padding = place[0] >= grid[0] or place[1] >= grid[1]
+        if not is_padding:
+            name = window_of(*place, window, shift)
+            assert group_of_window.setdefault(name, slot // plan.group_size) == slot // plan.group_size
+    # Exactly the pairs of one window meet, with the right row of the table.
+    actual, expected = rows_of_pairs(plan, row, num_tokens, outside), expected_rows(coordinates, grid, window, shift)
+    assert (actual == expected)[expected >= 0].all()
+    # Padding slots never meet tokens, and no row of any slot is empty.
+    filled = np.zeros(num_groups * plan.group_size, dtype=bool)
+    filled[slots] = True
+    filled = filled.reshape(num_groups, plan.group_size)
+    meets = plan.bias_index[row].numpy() < outside
+    assert not meets[filled[:, :, None] != filled[:, None, :]].any()
+    assert meets.any(axis=2).all()
+
+
+@st.composite
+def scenes(draw):
+    """Rows of places on a padded grid, equally many each, with a window and a shift."""
+    grid = draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
+    padded_grid = (grid[0] + draw(st.integers(0, 3)), grid[1] + draw(st.integers(0, 3)))
+    window = draw(st.integers(1, 6))
+    shift = draw(st.sampled_from([0, window // 2]))
+    num_places, num_plans = padded_grid[0] * padded_grid[1], draw(st.integers(1, 3))
+    num_tokens = draw(st.integers(1, num_places))
+    generator = np.random.default_rng(draw(st.integers(0, 2**16)))
+    places = np.stack([generator.permutation(num_places)[:num_tokens] for _ in range(num_plans)])
+    return places, grid, padded_grid, window, shift
+
+
+@properties
+@given(scenes(), st.sampled_from([0, 4, 32]))
+def test_plans_let_exactly_the_pairs_of_a_window_meet(scene, slot_cost):
+    """Cheap slots make groups even of few tokens, which the real cost puts into one."""
+    places, grid, padded_grid, window, shift = scene
+    real_cost = grouping.SLOT_COST
+    try:
+        grouping.SLOT_COST = slot_cost
+        plan = plan_groups(places, grid, window, shift, padded_grid)
+    finally:
+        grouping.SLOT_COST = real_cost
+    assert plan.bias_index.shape[0] == len(places)
+    assert (plan.token_of_slot is None) == (plan.slot_of_token is None)
+    for row, numbers in enumerate(places):
+        coordinates = [divmod(int(number), padded_grid[1]) for number in numbers]
+        check_plan(plan, row, coordinates, grid, window, shift)
+
+
+@properties
+@given(scenes())
+def test_plans_of_several_masks_equal_the_plans_of_each(scene):
+    places, grid, padded_grid, window, shift = scene
+    together = plan_groups(places, grid, window, shift, padded_grid)
+    outside, num_tokens = (2 * window - 1) ** 2, places.shape[1]
+    for row in range(len(places)):
+        alone = plan_groups(places[row : row + 1], grid, window, shift, padded_grid)
+        actual = rows_of_pairs(together, row, num_tokens, outside)
+        assert (actual == rows_of_pairs(alone, 0, num_tokens, outside)).all()
+
+
+@st.composite
+def masks(draw):
+    """Visible units, ascending, and windows of the stages; a single mask may be of a grid that overhangs its units."""
+    num_stages, num_masks = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    side = 2 ** (num_stages - 1)
+    patch_grid = draw(st.tuples(st.integers(1, 4 * side), st.integers(1, 4 * side)))
+    if num_masks > 1:
+        patch_grid = tuple(-(-length // side) * side for length in patch_grid)
+    num_units = -(-patch_grid[0] // side) * -(-patch_grid[1] // side)
+    num_visible = draw(st.integers(1, num_units))
+    generator = np.random.default_rng(draw(st.integers(0, 2**16)))
+    visible = np.stack([np.sort(generator.permutation(num_units)[:num_visible]) for _ in range(num_masks)])
+    windows = tuple(draw(st.lists(st.integers(1, 5), min_size=num_stages, max_size=num_stages)))
+    return visible, patch_grid, windows
+
+
+@properties
+@given(masks())
+def test_plans_of_stages(scene):
+    """Coordinates, shifts, padding and raster order of each stage, against nested order walked by hand."""
+    visible, patch_grid, windows = scene
+    num_stages = len(windows)
+    unit_columns = -(-patch_grid[1] // 2 ** (num_stages - 1))
+    stages = plan_stages(visible, patch_grid, windows, raster=True)
+    assert len(stages) == num_stages
+    for stage, (plan, window) in enumerate(zip(stages, windows)):
+        side = 2 ** (num_stages - 1 - stage)
+        grid = (-(-patch_grid[0] // 2**stage), -(-patch_grid[1] // 2**stage))
+        assert plan.grid == grid
+        for row, units in enumerate(visible.tolist()):
+            coordinates = [
+                (unit // unit_columns * side + down, unit % unit_columns * side + right)
+                for unit in units
+                for down, right in nested_coordinates(side)
+            ]
+            for block in (0, 1):
+                check_plan(plan.groups[block], row, coordinates, grid, window, shift_of(block, grid, window))
+            inside = [place[0] < grid[0] and place[1] < grid[1] for place in coordinates]
+            assert all(inside) if plan.inside is None else plan.inside[:, 0].tolist() == inside
+            raster = sorted((i for i in range(len(coordinates)) if inside[i]), key=coordinates.__getitem__)
+            assert (plan.raster[row] - row * len(coordinates)).tolist() == raster
+
+
+def test_unshifted_stages_share_one_plan():
+    shifted, shrunk = plan_stages(np.arange(16)[None], (8, 8), (3, 4))
+    assert shifted.groups[0] is not shifted.groups[1]
+    assert shrunk.groups[0] is shrunk.groups[1]
+    moved = shrunk.to(torch.device("cpu"))
+    assert moved.groups[0] is moved.groups[1]
+    assert shifted.raster is None
+
+
+def test_plans_of_everything_are_kept_and_equal_plans_of_a_full_mask():
+    arguments = ((12, 20), (5, 3, 2), torch.device("cpu"))
+    kept = plan_all_visible(*arguments)
+    assert plan_all_visible(*arguments) is kept
+    for plan, expected in zip(kept, plan_stages(np.arange(15)[None], (12, 20), (5, 3, 2), raster=True)):
+        assert torch.equal(plan.raster, expected.raster)
+        for actual, fresh in zip(plan.groups, expected.groups):
+            assert torch.equal(actual.bias_index, fresh.bias_index)
+
+
+histograms = st.lists(st.integers(0, 6), min_size=2, max_size=14).filter(lambda counts: any(counts[1:]))
+
+
+@properties
+@given(histograms, st.integers(0, 12))
+def test_packing_places_each_window_once_inside_one_group(num_windows_of_size, slack):
+    largest = max(size for size, windows in enumerate(num_windows_of_size) if windows)
+    given_counts, group_size = list(num_windows_of_size), max(largest + slack, 1)
+    first_slots, num_groups = pack_windows(num_windows_of_size, group_size)
+    assert num_windows_of_size == given_counts
+    taken = []
+    for size, starts in enumerate(first_slots):
+        assert len(starts) == (num_windows_of_size[size] if size else 0)
+        for start in starts:
+            assert start // group_size == (start + size - 1) // group_size
+            taken += range(start, start + size)
+    assert len(set(taken)) == len(taken)
+    num_tokens = sum(size * windows for size, windows in enumerate(num_windows_of_size))
+    assert len(taken) == num_tokens
+    filled = np.bincount(np.array(taken) // group_size, minlength=num_groups)
+    assert len(filled) == num_groups and (filled > 0).all()
+    # Any two groups together overflow one: fewer would not do for either pair.
+    for first, second in itertools.combinations(filled.tolist(), 2):
+        assert first + second > group_size
+
+
+@properties
+@given(st.lists(st.lists(st.integers(0, 20), min_size=6, max_size=6), min_size=1, max_size=3), st.integers(1, 30))
+def test_the_cheapest_group_size_is_chosen(rows, first_count):
+    """Against the cost of every group size; several plans share the most groups that one of them needs."""
+    num_tokens = max(sum(row) for row in rows) + first_count
+    counts = np.array([[*row, num_tokens - sum(row)] for row in rows])
+    largest = counts.max()
+    histograms = [np.bincount(row, minlength=largest + 1).tolist() for row in counts]
+    costs = {}
+    for group_size in range(largest, min(2 * largest, num_tokens) + 1):
+        num_groups = max(pack_windows(histogram, group_size)[1] for histogram in histograms)
+        costs[group_size] = num_groups * group_size * (group_size + grouping.SLOT_COST)
+    chosen = choose_groups(counts, num_tokens)
+    if chosen is None:
+        assert num_tokens**2 <= min(costs.values())
+        return
+    group_size, num_groups, first_slots = chosen
+    assert costs[group_size] == min(costs.values()) < num_tokens**2
+    assert costs[group_size] == num_groups * group_size * (group_size + grouping.SLOT_COST)
+    assert first_slots == [pack_windows(histogram, group_size)[0] for histogram in histograms]
+
+
+def test_groups_pay_at_the_size_of_swin_base():
+    """A plan that always chose one group, or never, would pass the tests above at tiny sizes only."""
+    visible = np.sort(np.random.default_rng(0).permutation(49)[:12])[None]
+    stages = plan_stages(visible, (56, 56), (7, 7, 7, 7))
+    first, last = stages[0].groups[1], stages[3].groups[0]
+    assert first.token_of_slot is not None
+    assert first.num_slots * first.group_size < 768**2 / 4
+    assert last.token_of_slot is None and last.group_size == 12
