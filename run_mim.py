@@ -36,7 +36,7 @@ from training_greenmim.data import (
 from training_greenmim.images import EvalTransform, TrainTransform
 from training_greenmim.model_card import RunFacts
 from training_greenmim.models import MODEL_SIZES, build_config, build_image_processor
-from training_greenmim.trainer import MIMTrainer, last_checkpoint
+from training_greenmim.trainer import MIMTrainer, is_whole_checkpoint, last_checkpoint
 
 
 logger = logging.getLogger(__name__)
@@ -133,12 +133,12 @@ def find_checkpoint(args: MIMTrainingArguments) -> str | None:
     Raises:
         `ValueError`: when the output folder holds a run that is not resumed, or no checkpoint to resume.
     """
-    resume = args.resume_from_checkpoint
+    resume = str(args.resume_from_checkpoint or "")  # a YAML file may say true
     if resume and resume.lower() != "false":
         checkpoint = last_checkpoint(args.output_dir) if resume.lower() == "true" else resume
         if checkpoint is None:
             raise ValueError(f"`resume_from_checkpoint` is {resume}, but {args.output_dir!r} has no whole checkpoint.")
-        if not os.path.isfile(os.path.join(checkpoint, "trainer_state.json")):
+        if not is_whole_checkpoint(checkpoint):
             raise ValueError(f"`resume_from_checkpoint` is {resume!r}, which is no whole checkpoint of a run.")
         return checkpoint
     output = Path(args.output_dir)
@@ -179,10 +179,8 @@ def load_data(data: DataArguments, args: MIMTrainingArguments):
     elif args.do_eval:
         parts = train.train_test_split(data.train_val_split, seed=args.seed)
         train, validation = parts["train"], parts["test"]
-    if data.streaming:
-        if args.do_train and args.max_steps <= 0:
-            raise ValueError("`streaming` is set: a stream has no known length, so `max_steps` is needed.")
-        train = train.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
+    if data.streaming and args.do_train and args.max_steps <= 0:
+        raise ValueError("`streaming` is set: a stream has no known length, so `max_steps` is needed.")
     return limit(train, data.max_train_samples), limit(validation, data.max_eval_samples), column, argument
 
 
@@ -194,18 +192,25 @@ def limit(records, count: int | None):
 
 
 def build_datasets(data: DataArguments, args: MIMTrainingArguments, config) -> tuple:
-    """Training and evaluation sets of decoded images, after a look for the first readable one."""
+    """Training and evaluation sets of decoded images, after a look for a readable one in each."""
     train, validation, column, argument = load_data(data, args)
     size, channels = config.image_height_and_width, config.num_channels
     if channels not in (1, 3):
         raise ValueError(f"`num_channels` is {channels}; images have 1 (grey) or 3 (RGB).")
     check_first_readable(train, column, size, channels, argument)
-    kind = ImageStream if data.streaming else ImageDataset
-    transform = TrainTransform(size, channels, scale=(data.min_crop_scale, 1.0))
-    train = kind(train, column, transform, args.seed) if args.do_train else None
-    if not args.do_eval:
-        return train, None
-    return train, kind(validation, column, EvalTransform(size, channels), args.seed)
+    train_dataset = eval_dataset = None
+    if args.do_train:
+        transform = TrainTransform(size, channels, scale=(data.min_crop_scale, 1.0))
+        if data.streaming:
+            train = train.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
+            train_dataset = ImageStream(train, column, transform, args.seed, repeat=True)
+        else:
+            train_dataset = ImageDataset(train, column, transform, args.seed)
+    if args.do_eval:
+        check_first_readable(validation, column, size, channels, "validation_dir" if data.validation_dir else argument)
+        kind = ImageStream if data.streaming else ImageDataset
+        eval_dataset = kind(validation, column, EvalTransform(size, channels), args.seed)
+    return train_dataset, eval_dataset
 
 
 def describe_run(argv: list[str], data: DataArguments, datasets_by_purpose: dict) -> RunFacts:

@@ -53,6 +53,9 @@ class MIMTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Pin batches in memory; default: where there is a CUDA device."}
     )
     dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep workers between epochs."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for parameters without gradient; every step uses all of them."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Data sets here have no unused columns."})
 
     def __post_init__(self):

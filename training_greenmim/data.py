@@ -1,7 +1,9 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Data sets of images, for the data loader: unlabelled folders, `datasets`, streams, and the default photographs."""
 
+import copy
 import importlib.resources
+import itertools
 import os
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Image as ImageFeature
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .images import EvalTransform, UnreadableImageError, read
 from .randomness import AUGMENTATION, SHUFFLE, derived_generator, derived_torch_generator
@@ -54,7 +57,7 @@ class ImageDataset(torch.utils.data.Dataset):
             index %= len(self)
             generator = derived_generator(self.seed, AUGMENTATION, epoch, index)
             try:
-                pixel_values = read(self.records[index][self.column], self.transform, generator)
+                pixel_values = read(self.records[index][self.column], self.transform, generator, f"image {index}")
             except UnreadableImageError as error:
                 unreadable.append(str(error))
                 continue
@@ -69,24 +72,37 @@ class ImageStream(torch.utils.data.IterableDataset):
         records: stream with an undecoded image column.
         column: name of that column.
         transform: function of (image source, generator) -> uint8 tensor.
-        seed: what augmentation is derived from, with epoch and place in the (worker's) stream.
+        seed: what augmentation is derived from, with epoch, worker and place in the worker's stream.
+        repeat: go through the stream again and again, each time as a new epoch: a run that is resumed then finds its
+            place by counting batches, whatever the length of the stream.
     """
 
-    def __init__(self, records: datasets.IterableDataset, column: str, transform, seed: int):
+    def __init__(self, records: datasets.IterableDataset, column: str, transform, seed: int, repeat: bool = False):
         self.records, self.column, self.transform, self.seed = records, column, transform, seed
-        self.epoch = 0
+        self.repeat = repeat
+        # Shared with workers, which may outlive an epoch.
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the stream shuffle, and augmentation draw, for another epoch."""
-        self.epoch = epoch
-        self.records.set_epoch(epoch)
+        """Makes the stream shuffle, and augmentation draw, for another (first) epoch."""
+        self.epoch.fill_(epoch)
 
     def __iter__(self):
+        for epoch in itertools.count(self.epoch.item()):
+            empty = True
+            for sample in self._pass(epoch):
+                empty = False
+                yield sample
+            if empty or not self.repeat:
+                return
+
+    def _pass(self, epoch: int):
         worker = torch.utils.data.get_worker_info()
-        worker_id = 0 if worker is None else worker.id
+        records = copy.deepcopy(self.records)  # workers share the epoch of the original, and each is at its own
+        records.set_epoch(epoch)
         unreadable = []
-        for index, record in enumerate(self.records):
-            generator = derived_generator(self.seed, AUGMENTATION, self.epoch, worker_id, index)
+        for index, record in enumerate(records):
+            generator = derived_generator(self.seed, AUGMENTATION, epoch, worker.id if worker else 0, index)
             try:
                 pixel_values = read(record[self.column], self.transform, generator)
             except UnreadableImageError as error:
@@ -162,7 +178,7 @@ def load_folder(folder: str, split: str, argument: str) -> datasets.Dataset:
     """
     if not os.path.isdir(folder):
         raise ValueError(f"`{argument}` is {folder!r}, which is not a folder.")
-    suffixes = tuple(datasets.packaged_modules.imagefolder.imagefolder.ImageFolder.EXTENSIONS)
+    suffixes = tuple(ImageFolder.EXTENSIONS)
     paths = sorted(
         os.path.join(parent, name)
         for parent, _, names in os.walk(folder, followlinks=True)

@@ -3,10 +3,11 @@
 
 import math
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 
 Box = tuple[float, float, float, float]
@@ -16,15 +17,14 @@ class UnreadableImageError(Exception):
     """An image that cannot be decoded; its text names the image and the cause."""
 
 
-def image_name(source) -> str:
+def image_name(source, default: str = "an image without a name") -> str:
     """What to call an image in a message."""
-    if isinstance(source, dict):
-        return source.get("path") or "an image without a name"
-    return getattr(source, "filename", None) or "an image without a name"
+    name = source.get("path") if isinstance(source, dict) else source
+    return str(name) if isinstance(name, (str, Path)) and str(name) else default
 
 
 def open_image(source) -> Image.Image:
-    """Opens a file name, a record {"path", "bytes"} of `datasets`, encoded bytes or an image, without decoding it."""
+    """Opens a file name, a record {"path", "bytes"} of `datasets` or encoded bytes; nothing is decoded yet."""
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, dict):
@@ -79,8 +79,9 @@ def center_crop_box(width: int, height: int, aspect: float, share: float) -> Box
     """Central crop of a given aspect (width / height) that takes `share` of the largest possible side."""
     crop_width = min(width, height * aspect) * share
     crop_height = crop_width / aspect
-    left, top = (width - crop_width) / 2, (height - crop_height) / 2
-    return left, top, left + crop_width, top + crop_height
+    # Rounding must not lead outside.
+    left, top = max(0.0, (width - crop_width) / 2), max(0.0, (height - crop_height) / 2)
+    return left, top, min(width, left + crop_width), min(height, top + crop_height)
 
 
 def crop_and_resize(image: Image.Image, choose_box, size: tuple[int, int], channels: int) -> Image.Image:
@@ -93,20 +94,29 @@ def crop_and_resize(image: Image.Image, choose_box, size: tuple[int, int], chann
         size: height and width of the result.
         channels: 1 for grey, 3 for RGB.
     """
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    full_size = image.size[::-1] if orientation >= 5 else image.size
-    box = choose_box(*full_size)
-    # Decoders may halve the size as long as the crop keeps the pixels that it is resized to.
-    shrink = max(size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1]))
-    if shrink < 1:
-        image.draft(None, tuple(math.ceil(side * shrink) for side in image.size))
-    if orientation != 1:
-        image = ImageOps.exif_transpose(image)
+    reducible = image.format in ("JPEG", "MPO")
+    if not reducible:
+        ImageOps.exif_transpose(image, in_place=True)
+    transposed = reducible and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    box = choose_box(*(image.size[::-1] if transposed else image.size))
+    if reducible:
+        # The decoder may reduce the image as long as the crop keeps the pixels that it is resized to.
+        factor = _reduce(image, max(size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1])))
+        ImageOps.exif_transpose(image, in_place=True)
+        box = tuple(min(edge * factor, image.size[i % 2]) for i, edge in enumerate(box))
     image = flatten_mode(image)
-    factors = (image.width / full_size[0], image.height / full_size[1])
-    box = tuple(min(edge * factors[i % 2], image.size[i % 2]) for i, edge in enumerate(box))
     image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def _reduce(image: Image.Image, factor: float) -> float:
+    """Makes a JPEG decode at a reduced size, by a factor not below the given one, and returns the factor."""
+    width = image.width
+    if factor >= 1:
+        return 1.0
+    # The second value is the rectangle that the whole image fills at the reduced size, which is rounded up.
+    _, (_, _, reduced_width, _) = image.draft(None, tuple(math.ceil(side * factor) for side in image.size))
+    return reduced_width / width
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -163,8 +173,8 @@ class EvalTransform:
         return to_tensor(crop_and_resize(open_image(source), choose_box, self.size, self.channels))
 
 
-def read(source, transform, generator: np.random.Generator | None) -> torch.Tensor:
-    """Applies a transform to an image source.
+def read(source, transform, generator: np.random.Generator | None, name: str = "an image without a name"):
+    """Applies a transform to an image source; `name` is what to call one without a file.
 
     Raises:
         `UnreadableImageError`: for images that cannot be decoded, whatever the decoder raised.
@@ -172,4 +182,6 @@ def read(source, transform, generator: np.random.Generator | None) -> torch.Tens
     try:
         return transform(source, generator)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
-        raise UnreadableImageError(f"{image_name(source)} ({error})") from error
+        # Pillow's own text has an address in memory, a new one each time.
+        cause = "no image of a known format" if isinstance(error, UnidentifiedImageError) else error
+        raise UnreadableImageError(f"{image_name(source, name)} ({cause})") from error

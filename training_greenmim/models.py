@@ -32,17 +32,25 @@ def parse_overrides(text: str | None) -> dict:
             f"`config_overrides` is {text!r}; it needs name=value pairs separated by commas, such as"
             ' "image_size=128,depths=[2,2,6]".'
         ) from error
+    # YAML takes numbers without a point, such as 1e-5, for text.
+    overrides = {name: _as_number(value) for name, value in overrides.items()}
     unknown = [name for name in overrides if name not in GreenMIMConfig.__dataclass_fields__]
     if unknown:
         raise ValueError(f"`config_overrides` names {unknown}, which GreenMIMConfig does not have.")
     return overrides
 
 
+def _as_number(value):
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def build_config(name: str, overrides: str | None = None) -> GreenMIMConfig:
     """Configuration of a named size, or of a folder or Hub repository, with overrides."""
-    if name in MODEL_SIZES:
-        return GreenMIMConfig(**{**MODEL_SIZES[name], **parse_overrides(overrides)})
-    return GreenMIMConfig.from_pretrained(name, **parse_overrides(overrides))
+    values = MODEL_SIZES[name] if name in MODEL_SIZES else GreenMIMConfig.from_pretrained(name).to_dict()
+    return GreenMIMConfig(**{**values, **parse_overrides(overrides)})
 
 
 def build_image_processor(config: GreenMIMConfig) -> ViTImageProcessorPil:

@@ -70,5 +70,6 @@ def loss_curve(log_history: list[dict]) -> matplotlib.figure.Figure:
             axes.plot(*zip(*points), style, label=label, markersize=3)
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     return figure

@@ -2,12 +2,16 @@
 """`Trainer` for masked image modeling: derived masks, exact resumption, pictures, and a halt at broken losses."""
 
 import itertools
+import json
 import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
@@ -31,13 +35,32 @@ class NonFiniteLossError(RuntimeError):
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint that was saved to its end: the trainer's state is written last."""
-    checkpoints = []
+    """The newest checkpoint that was saved to its end and whose weights are finite numbers."""
+    checkpoints = {}
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = folder.name.rpartition("-")[2]
-        if step.isdigit() and (folder / "trainer_state.json").is_file():
-            checkpoints.append((int(step), str(folder)))
-    return max(checkpoints)[1] if checkpoints else None
+        if step.isdigit() and is_whole_checkpoint(folder):
+            checkpoints[int(step)] = folder
+    newest_first = (checkpoints[step] for step in sorted(checkpoints, reverse=True))
+    return next((str(folder) for folder in newest_first if _has_finite_weights(folder)), None)
+
+
+def is_whole_checkpoint(folder: str | Path) -> bool:
+    """Whether a checkpoint was saved to its end: the trainer's state is written last."""
+    try:
+        json.loads(Path(folder, "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _has_finite_weights(folder: Path) -> bool:
+    # A run may save after its weights broke and before a loss could tell.
+    try:
+        weights = [weight for file in folder.glob("*.safetensors") for weight in load_file(file).values()]
+    except SafetensorError:
+        return False
+    return all(weight.isfinite().all() for weight in weights)
 
 
 def no_decay_parameters(model: nn.Module) -> set[str]:
@@ -55,7 +78,7 @@ def no_decay_parameters(model: nn.Module) -> set[str]:
 
 
 class _EpochCallback(TrainerCallback):
-    """Tells the sampler the epoch, in a resumed run too."""
+    """Tells the sampler the epoch: accelerate does not reach it in a resumed run of several processes."""
 
     def __init__(self, sampler: EpochShuffle):
         self.sampler = sampler
@@ -221,6 +244,8 @@ class MIMTrainer(Trainer):
             rate = self.throughput.steps_per_second()
             if rate is not None:
                 logs["images_per_second"] = round(rate * self.args.total_batch_size, 1)
+        if self.args.world_size > 1:
+            self.unreadable = set(gather_object(sorted(self.unreadable)))
         if self.unreadable:
             logs["unreadable_images"] = len(self.unreadable)
         super().log(logs, start_time)

@@ -1,0 +1,150 @@
+"""What the tests of pre-training share: tiny images, a tiny model, runs of the script."""
+
+import logging
+import os
+import subprocess
+import sys
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import run_mim
+from modeling_greenmim import GreenMIMConfig
+
+
+ROOT = Path(__file__).parent.parent
+OVERRIDES = (
+    "image_size=32,patch_size=4,embed_dim=8,depths=[2,2],num_heads=[1,2],window_size=4,decoder_hidden_size=16,"
+    "decoder_num_attention_heads=2,decoder_intermediate_size=32"
+)
+
+
+def tiny_config(**changes) -> GreenMIMConfig:
+    """Configuration of 32x32 px and 16 units of 8x8 px, the one that `OVERRIDES` give."""
+    values = {
+        "image_size": 32,
+        "patch_size": 4,
+        "embed_dim": 8,
+        "depths": [2, 2],
+        "num_heads": [1, 2],
+        "window_size": 4,
+        "decoder_hidden_size": 16,
+        "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 32,
+    }
+    return GreenMIMConfig(**{**values, **changes})
+
+
+def noise_image(seed: int, height: int = 40, width: int = 48) -> Image.Image:
+    """Random colours in blocks of 8x8 px."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (-(-height // 8), -(-width // 8), 3), dtype=np.uint8)
+    return Image.fromarray(blocks.repeat(8, axis=0).repeat(8, axis=1)[:height, :width])
+
+
+def smooth_image(height: int, width: int) -> Image.Image:
+    """Slow waves whose phase tells the place, different in each channel."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    waves = [
+        np.sin(rows / height * 7 + columns / width * 3),
+        np.cos(columns / width * 8),
+        np.sin(rows / height * 9 - columns / width * 4),
+    ]
+    return Image.fromarray(((np.stack(waves, axis=-1) + 1) * 127).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    """The bytes of an image file."""
+    buffer = BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_images(folder: Path, count: int, first_seed: int = 0) -> list[str]:
+    """Writes `count` random PNG files and returns their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{index:03}.png" for index in range(count)]
+    for index, path in enumerate(paths):
+        noise_image(first_seed + index).save(path)
+    return [str(path) for path in paths]
+
+
+def write_broken(path: Path) -> str:
+    """Writes a PNG file that ends in its middle."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = encoded(noise_image(99))
+    path.write_bytes(content[: len(content) // 2])
+    return str(path)
+
+
+def write_webdataset(folder: Path, contents: list[bytes], shards: int = 2, split: str = "train") -> Path:
+    """Writes tar files of images and labels, the images dealt out in turn, and returns their folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        with tarfile.open(folder / f"{split}-{shard}.tar", "w") as archive:
+            for index, content in enumerate(contents[shard::shards]):
+                for name, part in ((f"{shard}-{index}.png", content), (f"{shard}-{index}.cls", b"0")):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(part)
+                    archive.addfile(member, BytesIO(part))
+    return folder
+
+
+def flags(output: Path, *more, overrides: str = OVERRIDES) -> list[str]:
+    """Arguments of a tiny, silent run on the CPU; `more` wins."""
+    values = ["--output_dir", output, "--config_overrides", overrides, "--per_device_train_batch_size", 4]
+    values += ["--per_device_eval_batch_size", 4, "--dataloader_num_workers", 0, "--use_cpu", "true"]
+    values += ["--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no", "--logging_steps", 1]
+    values += ["--base_learning_rate", 0.1]
+    return [str(value) for value in (*values, *more)]
+
+
+def run(output: Path, *more, overrides: str = OVERRIDES) -> Path:
+    """Runs the script in this process and returns its output folder."""
+    run_mim.main(flags(output, *more, overrides=overrides))
+    return output
+
+
+def subprocess_environment() -> dict[str, str]:
+    """Environment of a process that imports this repository, with the threads of this process."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def start(argv: list[str]) -> subprocess.Popen:
+    """Starts the script in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run_mim.py"), *argv],
+        env=subprocess_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a saved model."""
+    return load_file(str(folder / "model.safetensors"))
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    """Every tensor of two saved models is equal, bit for bit."""
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, f"{len(different)} of {len(first)} tensors differ, such as {different[0]}"
+
+
+def messages(caplog, level: int = logging.WARNING) -> str:
+    """The text of all log records of at least a level."""
+    return "\n".join(record.getMessage() for record in caplog.records if record.levelno >= level)
