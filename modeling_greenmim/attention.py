@@ -22,9 +22,11 @@ def eager_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out: `(batch, heads, length, head_dim)` -> `(batch, length, heads, head_dim)`, weights."""
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
+    weights = torch.matmul(query, key.transpose(2, 3))
+    if attention_mask is None:
+        weights = weights * scaling
+    else:
+        weights = torch.add(attention_mask, weights, alpha=scaling)  # one pass over memory
     weights = nn.functional.softmax(weights, dim=-1).to(value.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
@@ -92,7 +94,7 @@ class GreenMIMWindowAttention(nn.Module):
 
     def position_bias(self, plan: GroupPlan, dtype: torch.dtype) -> torch.Tensor:
         """Bias of every pair of slots, -inf across windows: `(plans, heads * groups, slots, slots)`."""
-        table = nn.functional.pad(self.relative_position_bias_table.t().to(dtype), (0, 1), value=-torch.inf)
+        table = nn.functional.pad(self.relative_position_bias_table.t().to(dtype), (1, 1), value=-torch.inf)
         bias = table.index_select(1, plan.bias_index.flatten()).unflatten(1, plan.bias_index.shape)
         return bias.transpose(0, 1).flatten(1, 2)
 

@@ -18,6 +18,8 @@ from .layout import token_places
 
 # A slot moves a query, a key, a value and an output: as costly as attending about this many further keys.
 SLOT_COST = 32
+# Another packing is tried only where it may lower the cost to this share.
+WORTHWHILE = 0.96
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,10 @@ class GroupPlan:
         token_of_slot: `(plans, num_groups, group_size)` int64, tokens counted through all plans; padding slots hold
             token 0. None when one group holds every token in its own order: nothing moves then.
         slot_of_token: `(plans, num_tokens)` int64, slots counted through all plans; None likewise.
-        bias_index: `(plans, num_groups, group_size, group_size)` int32: for a query and a key of one window the row of
-            the position bias table `(r_q - r_k + w - 1) * (2w - 1) + (c_q - c_k + w - 1)`, else `(2w - 1)**2`.
-            Padding slots form a window of their own, so that no softmax row is empty.
+        bias_index: `(plans, num_groups, group_size, group_size)` int32: for a query and a key of one window 1 plus the
+            row of the position bias table, `(r_q - r_k + w - 1) * (2w - 1) + (c_q - c_k + w - 1)`; 0 or
+            `(2w - 1)**2 + 1` for all other pairs. Padding slots form a window of their own, so that no softmax row is
+            empty.
     """
 
     token_of_slot: torch.Tensor | None
@@ -106,10 +109,10 @@ def choose_groups(counts: np.ndarray, num_tokens: int) -> tuple[int, int, list[l
     largest = int(counts.max())
     histograms = [np.bincount(row, minlength=largest + 1).tolist() for row in counts]
     for group_size in range(largest, num_tokens + 1):
-        if num_tokens * (group_size + SLOT_COST) >= best_cost:
+        if num_tokens * (group_size + SLOT_COST) >= WORTHWHILE * best_cost:
             break  # larger groups cost more even without padding
         cost_of_group = group_size * (group_size + SLOT_COST)
-        if -(-num_tokens // group_size) * cost_of_group >= best_cost:
+        if -(-num_tokens // group_size) * cost_of_group >= WORTHWHILE * best_cost:
             continue
         packed = [pack_windows(histogram, group_size) for histogram in histograms]
         num_groups = max(groups for _, groups in packed)
@@ -190,12 +193,9 @@ def _places_of_windows(grid, window_size, shift, padded_grid):
 
 
 def _bias_index(keys: np.ndarray, window_size: int) -> torch.Tensor:
-    table_size = np.uint32((2 * window_size - 1) ** 2)
-    index = (keys + np.int32(table_size // 2))[..., :, None] - keys[..., None, :]
-    # Read as unsigned, negative differences are out of range too.
-    unsigned = index.view(np.uint32)
-    np.minimum(unsigned, table_size, out=unsigned)
-    return torch.from_numpy(index)
+    table_size = (2 * window_size - 1) ** 2
+    index = (keys + np.int32(1 + table_size // 2))[..., :, None] - keys[..., None, :]
+    return torch.from_numpy(np.clip(index, np.int32(0), np.int32(table_size + 1), out=index))
 
 
 @dataclass(frozen=True)
