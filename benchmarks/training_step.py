@@ -129,7 +129,7 @@ def time_steps(builders: dict, args, dtype: str) -> dict[str, float]:
 
 
 def peak_memory(args, dtype: str, name: str) -> float:
-    """Peak memory in GB of a fresh process that makes two steps with one model."""
+    """Peak memory in GB of a fresh process that makes four steps with one model."""
     command = [sys.executable, __file__, "--measure_memory_of", name, "--task", args.task, "--dtype", dtype]
     command += ["--batch_size", str(args.batch_size), "--device", args.device]
     if args.reference:
@@ -138,9 +138,9 @@ def peak_memory(args, dtype: str, name: str) -> float:
 
 
 def measure_memory(build: Callable, args) -> float:
-    """Peak memory in GB of this process (CPU) or of its allocations (CUDA) over two steps."""
+    """Peak memory in GB of this process (CPU) or of its allocations (CUDA) over four steps."""
     step = make_step(build, args, args.dtype[0])
-    for _ in range(2):
+    for _ in range(4):
         step()
     if args.device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9

@@ -105,11 +105,17 @@ class GreenMIMDecoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(hidden_states))
 
 
-def normalize_units(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Patches `(batch, num_units, values)` normalised per unit, with the means and deviations to undo it."""
-    mean = patches.mean(dim=-1, keepdim=True)
-    deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-    return (patches - mean) / deviation, mean, deviation
+def unit_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation `sqrt(variance + 1e-6)` of each unit, `(batch, num_units, 1)`, of patches with their values."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
+def normalize_units(patches: torch.Tensor) -> torch.Tensor:
+    """Patches `(batch, num_units, values)` less their unit's mean, divided by its deviation."""
+    values = patches.shape[-1]
+    # The fused layer normalisation divides by the biased deviation; ours is the unbiased one.
+    share = (values - 1) / values
+    return nn.functional.layer_norm(patches, (values,), eps=1e-6 * share) * share**0.5
 
 
 def reconstruction_loss(
@@ -122,7 +128,8 @@ def reconstruction_loss(
         mask: `(batch, num_units)`, 1 for masked.
         norm_pix_loss: whether the target is normalised per unit.
     """
-    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
-    target = normalize_units(patches)[0] if norm_pix_loss else patches
-    errors = (logits.to(target.dtype) - target).square().mean(dim=-1)
+    target = patches.to(torch.promote_types(patches.dtype, torch.float32))
+    if norm_pix_loss:
+        target = normalize_units(target)
+    errors = nn.functional.mse_loss(logits.to(target.dtype), target, reduction="none").mean(dim=-1)
     return (errors * mask).sum() / mask.sum()

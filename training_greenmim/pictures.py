@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modeling_greenmim.decoder import normalize_units
+from modeling_greenmim.decoder import unit_statistics
 from modeling_greenmim.modeling_greenmim import GreenMIMForPreTraining
 
 
@@ -33,7 +33,7 @@ def reconstruct(
     patches = model.patchify(pixel_values.float())
     logits, hidden = logits.float(), mask[..., None].bool()
     if model.config.norm_pix_loss:
-        _, mean, deviation = normalize_units(patches)
+        mean, deviation = unit_statistics(patches)
         logits = logits * deviation + mean
     size = tuple(pixel_values.shape[2:])
     masked = model.unpatchify(patches.masked_fill(hidden, 0.0), size)
