@@ -106,7 +106,7 @@ class GreenMIMDecoder(nn.Module):
 
 
 def unit_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation `sqrt(variance + 1e-6)` of each unit, `(batch, num_units, 1)`, of patches with their values."""
+    """Mean and deviation `sqrt(variance + 1e-6)` of each unit, `(batch, num_units, 1)`."""
     return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
 
 
