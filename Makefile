@@ -12,8 +12,10 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
+# An interrupted run goes on where it was.
 pretrain: .venv/installed
-	$(BIN)/python run_mim.py examples/pretrain_elpv.yaml
+	$(BIN)/python run_mim.py examples/pretrain_elpv.yaml \
+		--resume_from_checkpoint $(if $(wildcard outputs/elpv/checkpoint-*),true,false)
 
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2 tests

@@ -150,6 +150,8 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
         config ([`GreenMIMConfig`]): Configuration of the model.
     """
 
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
     def __init__(self, config: GreenMIMConfig):
         super().__init__(config)
         self.embeddings = GreenMIMEmbeddings(config)

@@ -128,7 +128,7 @@ def write_model_card(trainer, facts: RunFacts) -> None:
             "Images that were not trained on: original, masked input, reconstruction (visible units pasted in, hidden"
             " ones scaled back by their own mean and variance).\n\n![Reconstructions](reconstruction.png)"
         )
-    location = trainer.args.hub_model_id or os.path.basename(os.path.abspath(folder))
+    location = trainer.args.hub_model_id or folder
     metadata = ModelCardData(
         license=facts.license_name,
         library_name="transformers",
@@ -138,7 +138,7 @@ def write_model_card(trainer, facts: RunFacts) -> None:
     unreadable = f" {len(trainer.unreadable)} of them could not be read." if trainer.unreadable else ""
     content = TEMPLATE.format(
         metadata=metadata.to_yaml(),
-        title=os.path.basename(location),
+        title=os.path.basename(os.path.normpath(location)),
         mask_percent=f"{100 * config.mask_ratio:g}",
         unit=config.encoder_stride,
         location=location,
