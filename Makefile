@@ -12,10 +12,11 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
-# An interrupted run goes on where it was.
+# An interrupted run goes on where it was; a finished one has its card.
 pretrain: .venv/installed
-	$(BIN)/python run_mim.py examples/pretrain_elpv.yaml \
+	test -f outputs/elpv/README.md || $(BIN)/python run_mim.py examples/pretrain_elpv.yaml \
 		--resume_from_checkpoint $(if $(wildcard outputs/elpv/checkpoint-*),true,false)
+	@echo "Reconstructions: outputs/elpv/reconstruction.png (remove outputs/elpv to train anew)"
 
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2 tests

@@ -131,7 +131,8 @@ def find_checkpoint(args: MIMTrainingArguments) -> str | None:
     """Checkpoint to resume from; makes sure that no other run is overwritten.
 
     Raises:
-        `ValueError`: when the output folder holds a run that is not resumed, or no checkpoint to resume.
+        `ValueError`: when the output folder holds a run that is not resumed, no checkpoint to resume, or one that is
+            the end of its run.
     """
     resume = str(args.resume_from_checkpoint or "")  # a YAML file may say true
     if resume and resume.lower() != "false":
@@ -140,6 +141,8 @@ def find_checkpoint(args: MIMTrainingArguments) -> str | None:
             raise ValueError(f"`resume_from_checkpoint` is {resume}, but {args.output_dir!r} has no whole checkpoint.")
         if not is_whole_checkpoint(checkpoint):
             raise ValueError(f"`resume_from_checkpoint` is {resume!r}, which is no whole checkpoint of a run.")
+        if args.do_train:
+            check_unfinished(checkpoint, args)
         return checkpoint
     output = Path(args.output_dir)
     traces = [*output.glob("checkpoint-*"), *output.glob("*.safetensors"), *output.glob("trainer_state.json")]
@@ -149,6 +152,24 @@ def find_checkpoint(args: MIMTrainingArguments) -> str | None:
             " --resume_from_checkpoint true, or choose another folder."
         )
     return None
+
+
+def check_unfinished(checkpoint: str, args: MIMTrainingArguments) -> None:
+    """Refuses to resume a run that is at its end: `Trainer` would make one step more.
+
+    Raises:
+        `ValueError`: naming what to raise.
+    """
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
+    done, planned = state["epoch"], args.num_train_epochs
+    name = "num_train_epochs"
+    if args.max_steps > 0:
+        done, planned, name = state["global_step"], args.max_steps, "max_steps"
+    if done >= planned:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {checkpoint} is the end of its run, `{name}` is {planned}. Its model is there;"
+            f" raise {name} to train on."
+        )
 
 
 def load_data(data: DataArguments, args: MIMTrainingArguments):

@@ -546,6 +546,17 @@ def test_resuming_without_a_whole_checkpoint_is_an_error(tmp_path):
             run(tmp_path / "out", *options, value)
 
 
+@pytest.mark.parametrize(("length", "value"), [("--max_steps", 2), ("--num_train_epochs", 1)])
+def test_resuming_a_finished_run_is_an_error_that_names_what_to_raise(tmp_path, length, value):
+    write_images(tmp_path / "data", 8)
+    options = ("--train_dir", tmp_path / "data", "--do_train", "--save_strategy", "epoch")
+    run(tmp_path / "out", *options, length, value)
+    before = weights(tmp_path / "out")
+    with pytest.raises(ValueError, match=f"end of its run.*raise {length[2:]}"):
+        run(tmp_path / "out", *options, length, value, "--resume_from_checkpoint", "true")
+    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path / "out").items())
+
+
 # Exact resumption
 
 
