@@ -179,8 +179,8 @@ def load_data(data: DataArguments, args: MIMTrainingArguments):
         `ValueError`: when there is nothing to evaluate on but evaluation is asked for, or `max_steps` lacks.
     """
     if data.train_dir:
-        train = load_folder(data.train_dir, "train", "train_dir")
-        validation = load_folder(data.validation_dir, "validation", "validation_dir") if data.validation_dir else None
+        train = load_folder(data.train_dir, "train_dir")
+        validation = load_folder(data.validation_dir, "validation_dir") if data.validation_dir else None
         argument = "train_dir"
     elif data.dataset_name:
         parts = datasets.load_dataset(data.dataset_name, data.dataset_config_name, streaming=data.streaming)

@@ -289,7 +289,7 @@ def test_folder_is_read_nested_without_labels_or_other_files(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "a" / "metadata.csv").write_text("file_name,label\n000.png,1\n")
     (tmp_path / "empty").mkdir()
-    records = load_folder(str(tmp_path), "train", "train_dir")
+    records = load_folder(str(tmp_path), "train_dir")
     assert list(records.features) == ["image"]
     names = [os.path.relpath(record["path"], tmp_path) for record in records["image"]]
     assert names == ["a/000.png", "a/scan.tif", "b/deep/er/000.png", "b/deep/er/001.png", "top.JPG"]
@@ -301,18 +301,18 @@ def test_folder_follows_links(tmp_path):
     write_images(tmp_path / "disk", 2)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link").symlink_to(tmp_path / "disk")
-    assert len(load_folder(str(tmp_path / "data"), "train", "train_dir")) == 2
+    assert len(load_folder(str(tmp_path / "data"), "train_dir")) == 2
 
 
 def test_missing_folder_is_an_error_that_names_the_argument(tmp_path):
     with pytest.raises(ValueError, match=r"`validation_dir` is '.*nowhere', which is not a folder"):
-        load_folder(str(tmp_path / "nowhere"), "train", "validation_dir")
+        load_folder(str(tmp_path / "nowhere"), "validation_dir")
 
 
 def test_folder_without_images_is_an_error_that_names_the_argument(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     with pytest.raises(ValueError, match=f"`train_dir` is '{re.escape(str(tmp_path))}', which holds no image file"):
-        load_folder(str(tmp_path), "train", "train_dir")
+        load_folder(str(tmp_path), "train_dir")
 
 
 # Columns
@@ -367,13 +367,13 @@ def test_one_readable_image_is_enough(tmp_path):
     (tmp_path / "b.png").write_bytes(b"")
     noise_image(0).save(tmp_path / "c.png")
     write_broken(tmp_path / "d.png")
-    check_first_readable(load_folder(str(tmp_path), "train", "train_dir"), "image", SIZE, 3, "train_dir")
+    check_first_readable(load_folder(str(tmp_path), "train_dir"), "image", SIZE, 3, "train_dir")
 
 
 def test_data_without_a_readable_image_is_an_error_with_examples(tmp_path):
     for name in "abcd":
         write_broken(tmp_path / f"{name}.png")
-    records = load_folder(str(tmp_path), "train", "train_dir")
+    records = load_folder(str(tmp_path), "train_dir")
     with pytest.raises(ValueError, match=r"`train_dir` has no readable image among 4: .*a\.png.*b\.png.*c\.png"):
         check_first_readable(records, "image", SIZE, 3, "train_dir")
 

@@ -26,15 +26,6 @@ from training_greenmim.pictures import GAP, loss_curve, picture_grid, reconstruc
 from training_greenmim.trainer import MIMTrainer, NonFiniteLossError, last_checkpoint, no_decay_parameters
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny models are no faster with more, and much slower on busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def image_dataset(count: int, transform, first_seed: int = 0, seed: int = 0) -> ImageDataset:
     contents = [{"path": f"{index}.png", "bytes": encoded(noise_image(first_seed + index))} for index in range(count)]
     records = datasets.Dataset.from_dict({"image": contents}, datasets.Features({"image": ImageFeature(decode=False)}))

@@ -170,7 +170,7 @@ def elpv() -> tuple[datasets.Dataset, datasets.Dataset]:
     return parts[0], parts[1]
 
 
-def load_folder(folder: str, split: str, argument: str) -> datasets.Dataset:
+def load_folder(folder: str, argument: str) -> datasets.Dataset:
     """All images below a folder, nested or not, without labels.
 
     Raises:
@@ -188,9 +188,7 @@ def load_folder(folder: str, split: str, argument: str) -> datasets.Dataset:
     if not paths:
         raise ValueError(f"`{argument}` is {folder!r}, which holds no image file.")
     records = [{"path": path, "bytes": None} for path in paths]
-    return datasets.Dataset.from_dict(
-        {"image": records}, datasets.Features({"image": ImageFeature(decode=False)}), split=split
-    )
+    return datasets.Dataset.from_dict({"image": records}, datasets.Features({"image": ImageFeature(decode=False)}))
 
 
 def find_image_column(records, name: str | None) -> str:

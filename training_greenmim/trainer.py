@@ -128,9 +128,9 @@ class MIMTrainer(Trainer):
         self.facts = facts
         self.last_picture: str | None = None
         super().__init__(*args, data_collator=collate, processing_class=image_processor, **kwargs)
-        shape = (-1, 1, 1)
-        self.image_mean = torch.tensor(image_processor.image_mean).view(shape)
-        self.image_std = torch.tensor(image_processor.image_std).view(shape)
+        # On the device once, not in every step.
+        statistics = torch.tensor([image_processor.image_mean, image_processor.image_std], device=self.args.device)
+        self.image_mean, self.image_std = statistics[..., None, None]
         rows, columns = self.model.config.unit_grid
         self.num_units = rows * columns
         self.unreadable: set[str] = set()
@@ -153,8 +153,7 @@ class MIMTrainer(Trainer):
 
     def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """uint8 images -> normalised float images, on their device."""
-        device = pixel_values.device
-        return (pixel_values / 255 - self.image_mean.to(device)) / self.image_std.to(device)
+        return (pixel_values / 255 - self.image_mean) / self.image_std
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A micro-batch, with every random draw of the model derived from where the run stands."""
