@@ -21,6 +21,7 @@ from .decoder import GreenMIMDecoder, reconstruction_loss
 from .grouping import StagePlan, plan_all_visible, plan_stages
 from .layout import patchify, take_tokens, unpatchify
 from .masking import sample_noise, unit_mask, visible_units_from_mask, visible_units_from_noise
+from .resizing import BiasTableResizing
 from .swin import GreenMIMEmbeddings, GreenMIMSwinEncoder, stage_windows
 
 
@@ -92,7 +93,11 @@ class GreenMIMImageClassifierOutput(ModelOutput):
 
 
 class GreenMIMPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and what Transformers needs to know of every GreenMIM model."""
+    """Weight initialisation and what Transformers needs to know of every GreenMIM model.
+
+    `from_pretrained` accepts another `image_size` or `window_size` than the checkpoint's: the position bias tables of
+    stages whose window differs are interpolated, and one line of the log says which.
+    """
 
     config: GreenMIMConfig
     base_model_prefix = "greenmim"
@@ -116,6 +121,22 @@ class GreenMIMPreTrainedModel(PreTrainedModel):
             module.initialize_weights()
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """Loads weights as Transformers does, with position bias tables resized to the model's windows.
+
+        Files and `state_dict` alike pass here. Parallel loading onto a device mesh is left alone: it hands out parts
+        of tables, and a table of another window is a size mismatch there.
+        """
+        load = super()._load_pretrained_model
+        if load_config.device_mesh is not None:
+            return load(model, state_dict, checkpoint_files, load_config, expected_keys)
+        resizing = BiasTableResizing()
+        loaded = load(model, state_dict, checkpoint_files, resizing.added_to(load_config), expected_keys)
+        model._weight_conversions = resizing.removed_from(model._weight_conversions)
+        resizing.report(load_config, model.config)
+        return loaded
 
     def _check_pixel_values(self, pixel_values: torch.Tensor | None) -> None:
         if pixel_values is None:
