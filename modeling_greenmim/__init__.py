@@ -9,11 +9,10 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
     AutoModelForPreTraining,
-    ViTImageProcessorPil,
 )
-from transformers.utils import is_torchvision_available
 
 from .configuration_greenmim import GreenMIMConfig
+from .image_processing_greenmim import GreenMIMImageProcessorPil
 from .modeling_greenmim import (
     GreenMIMBackbone,
     GreenMIMForImageClassification,
@@ -29,18 +28,14 @@ AutoModelForPreTraining.register(GreenMIMConfig, GreenMIMForPreTraining)
 AutoModelForMaskedImageModeling.register(GreenMIMConfig, GreenMIMForPreTraining)
 AutoModelForImageClassification.register(GreenMIMConfig, GreenMIMForImageClassification)
 AutoBackbone.register(GreenMIMConfig, GreenMIMBackbone)
-_image_processors = {"pil": ViTImageProcessorPil}
-if is_torchvision_available():
-    from transformers import ViTImageProcessor
-
-    _image_processors["torchvision"] = ViTImageProcessor
-AutoImageProcessor.register(GreenMIMConfig, image_processor_classes=_image_processors)
+AutoImageProcessor.register(GreenMIMConfig, image_processor_classes={"pil": GreenMIMImageProcessorPil})
 
 __all__ = [
     "GreenMIMBackbone",
     "GreenMIMConfig",
     "GreenMIMForImageClassification",
     "GreenMIMForPreTraining",
+    "GreenMIMImageProcessorPil",
     "GreenMIMModel",
     "GreenMIMPreTrainedModel",
 ]
