@@ -1,0 +1,159 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Groups of parameters with their learning rates and decays, the schedule of fine-tuning, and LARS for probes."""
+
+import math
+import re
+from collections.abc import Iterable
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from modeling_greenmim.attention import GreenMIMWindowAttention
+
+
+_BLOCK_OR_MERGE = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.")
+
+
+def no_decay_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that weight decay leaves alone: 1-D parameters, position bias tables and tokens."""
+    tables = {
+        f"{name}.relative_position_bias_table"
+        for name, module in model.named_modules()
+        if isinstance(module, GreenMIMWindowAttention)
+    }
+    return {
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim <= 1 or name in tables or name.endswith("mask_token")
+    }
+
+
+def layer_of_parameter(name: str, depths: list[int]) -> int:
+    """Number of the layer that a parameter of `GreenMIMForImageClassification` belongs to.
+
+    The patch embedding is layer 0, block i (counted through the stages) layer i + 1, and the final norm and the
+    classifier are layer `sum(depths) + 1`. A merge goes with the last block of the stage that it ends.
+
+    Args:
+        name: as `named_parameters` gives it, of the model itself or of one that is wrapped.
+        depths: blocks of each stage.
+
+    Raises:
+        `ValueError`: for a parameter that an image classifier does not have.
+    """
+    parts = name.split(".")
+    if match := _BLOCK_OR_MERGE.search(name):
+        stage, block = match.groups()
+        blocks_before, blocks = sum(depths[: int(stage)]), depths[int(stage)]
+        return blocks_before + (blocks if block is None else int(block) + 1)
+    if "embeddings" in parts:
+        return 0
+    if "layernorm" in parts or "classifier" in parts:
+        return sum(depths) + 1
+    raise ValueError(f"`name` is {name!r}; image classifiers of GreenMIM have no such parameter.")
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict]:
+    """Groups of the parameters to train, for an optimizer of torch.
+
+    The learning rate falls from each layer to the one below it, so that layers near the pixels, which pre-training
+    taught most, change least (BEiT, https://huggingface.co/papers/2106.08254, and SimMIM's recipe).
+
+    Args:
+        model: any model; a GreenMIM image classifier unless `layer_decay` is 1.
+        learning_rate: that of the head.
+        weight_decay: for all parameters but those of `no_decay_parameters`.
+        layer_decay: factor of the learning rate from each layer to the one below it; see `layer_of_parameter`.
+
+    Returns:
+        Groups with `params`, `lr` and `weight_decay`, from the head down: `Trainer` logs the first one's rate.
+
+    Raises:
+        `ValueError`: for a `layer_decay` other than 1 and a model whose layers are not known.
+    """
+    depths = [] if layer_decay == 1 else _depths(model, layer_decay)
+    spared = no_decay_parameters(model)
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        below_head = 0 if layer_decay == 1 else sum(depths) + 1 - layer_of_parameter(name, depths)
+        rate, decay = learning_rate * layer_decay**below_head, 0.0 if name in spared else weight_decay
+        group = {"params": [], "lr": rate, "weight_decay": decay}
+        groups.setdefault((below_head, name in spared), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _depths(model: nn.Module, layer_decay: float) -> list[int]:
+    # By the configuration: a model that was loaded as remote code has classes of its own.
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "greenmim" or not hasattr(model, "classifier"):
+        raise ValueError(
+            f"`layer_decay` is {layer_decay}, but the model is a {type(model).__name__}; only the layers of image"
+            " classifiers of GreenMIM are known. 1.0 fits every model."
+        )
+    return list(config.depths)
+
+
+def cosine_schedule(
+    optimizer: torch.optim.Optimizer,
+    warmup_steps: int,
+    total_steps: int,
+    learning_rate: float,
+    min_learning_rate: float = 0.0,
+    warmup_learning_rate: float = 0.0,
+) -> LambdaLR:
+    """Linear warm-up, then a cosine that ends at the minimum.
+
+    Step 0 has the warm-up's learning rate, step `warmup_steps` has `learning_rate`, and the last step,
+    `total_steps - 1`, the minimum. Transformers' "cosine_warmup_with_min_lr" never gets to `learning_rate` when the
+    warm-up has 0 or 1 steps, and short runs here have such.
+
+    Args:
+        optimizer: the three learning rates are those of a group whose own is `learning_rate`; a group with a share of
+            it has the same share of all three.
+        warmup_steps: steps of the warm-up.
+        total_steps: steps of the whole run.
+        learning_rate: the highest one.
+        min_learning_rate: the last one.
+        warmup_learning_rate: the first one, if there is a warm-up.
+
+    Raises:
+        `ValueError`: for a learning rate that is not positive, or others that are not between 0 and it.
+    """
+    if learning_rate <= 0:
+        raise ValueError(f"`learning_rate` is {learning_rate}; it must be above 0.")
+    for name, rate in (("min_learning_rate", min_learning_rate), ("warmup_learning_rate", warmup_learning_rate)):
+        if not 0 <= rate <= learning_rate:
+            raise ValueError(f"`{name}` is {rate}; it must be between 0 and `learning_rate`, {learning_rate}.")
+    lowest, first = min_learning_rate / learning_rate, warmup_learning_rate / learning_rate
+
+    def multiplier(step: int) -> float:
+        if step < warmup_steps:
+            return first + (1 - first) * step / warmup_steps
+        # The scheduler also asks for the step after the last one.
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps))
+        return lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2
+
+    return LambdaLR(optimizer, multiplier)
+
+
+def lars(parameters: Iterable, learning_rate: float) -> torch.optim.Optimizer:
+    """LARS (https://huggingface.co/papers/1708.03888) as linear probes of MAE use it.
+
+    Momentum 0.9, no weight decay; matrices are scaled by 0.001 times the norm of the weight over that of the gradient,
+    vectors are not scaled. Its step overwrites the gradients.
+
+    Args:
+        parameters: parameters, or groups of them, whose own settings win.
+        learning_rate: MAE: 0.1 * total batch / 256.
+    """
+    # Here, for the import takes most of a second and few runs need it.
+    from pytorch_optimizer import LARS
+
+    return LARS(parameters, lr=learning_rate, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001)
