@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 
 from modeling_greenmim import GreenMIMImageProcessorPil
@@ -41,5 +40,5 @@ def test_rgb_images_are_processed_as_by_vit():
 
 def test_arrays_are_taken_as_they_are():
     processor = build_image_processor(tiny_config(num_channels=1))
-    array = np.asarray(Image.new("L", (32, 32), 255))
+    array = np.full((1, 32, 32), 255, dtype=np.uint8)
     assert processor(array, return_tensors="pt").pixel_values.shape == (1, 1, 32, 32)
