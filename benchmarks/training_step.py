@@ -1,12 +1,15 @@
-"""Time and peak memory of a full training step: GreenMIM against its peers in Transformers.
+"""Time and peak memory of a full training step, or of inference: GreenMIM against its peers in Transformers.
 
 All models take turns in one process, so that drifts of the machine hit them alike; peak memory is measured in a
-process of its own for each model. A step is forward, backward, fused AdamW and zeroing of gradients.
+process of its own for each model. A step is forward, backward, fused AdamW and zeroing of gradients; `--inference`
+measures the forward pass alone, in eval mode.
 
     python benchmarks/training_step.py --batch_size 16 --dtype fp32 bf16
     python benchmarks/training_step.py --batch_size 32 --memory_only
-    python benchmarks/training_step.py --task encoder --batch_size 16     # no mask: GreenMIMModel against SwinModel
     python benchmarks/training_step.py --reference DIR                    # and a checkout of the published code
+    python benchmarks/training_step.py --task classification --size tiny --no_memory      # fine-tuning: no mask
+    python benchmarks/training_step.py --task classification --size tiny --no_memory --inference
+    python benchmarks/training_step.py --task classification --device cuda --compile --steps_per_round 20 --no_memory
 """
 
 import argparse
@@ -22,26 +25,36 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from transformers import SwinConfig, SwinForMaskedImageModeling, SwinModel, ViTMAEConfig, ViTMAEForPreTraining
+from transformers import (
+    SwinConfig,
+    SwinForImageClassification,
+    SwinForMaskedImageModeling,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
 
 from configuration_greenmim import GreenMIMConfig
-from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel
+from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining
 
 
 IMAGE_SIZE = 224
-SWIN_BASE = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 7}
+NUM_LABELS = 1000
+SIZES = {
+    "tiny": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7},
+    "base": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 7},
+}
 SIMMIM_MASK_RATIO = 0.6
 
 
 def greenmim(args) -> tuple[torch.nn.Module, Callable]:
-    """GreenMIM Swin-B, mask ratio 0.75."""
-    model = GreenMIMForPreTraining(GreenMIMConfig(image_size=IMAGE_SIZE, **SWIN_BASE))
+    """GreenMIM, mask ratio 0.75."""
+    model = GreenMIMForPreTraining(GreenMIMConfig(image_size=IMAGE_SIZE, **SIZES[args.size]))
     return model, lambda images: model(images).loss
 
 
 def simmim(args) -> tuple[torch.nn.Module, Callable]:
-    """Transformers' SwinForMaskedImageModeling, Swin-B, masks of 32 px units at SimMIM's ratio."""
-    config = SwinConfig(image_size=IMAGE_SIZE, encoder_stride=32, drop_path_rate=0.0, **SWIN_BASE)
+    """Transformers' SwinForMaskedImageModeling, masks of 32 px units at SimMIM's ratio."""
+    config = SwinConfig(image_size=IMAGE_SIZE, encoder_stride=32, drop_path_rate=0.0, **SIZES[args.size])
     model = SwinForMaskedImageModeling(config)
     side = IMAGE_SIZE // 32
     units = torch.rand(args.batch_size, side, side).flatten(1).argsort(1) < int(SIMMIM_MASK_RATIO * side**2)
@@ -69,37 +82,51 @@ def first_of(outputs):
     return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
 
 
-def greenmim_encoder(args) -> tuple[torch.nn.Module, Callable]:
-    """GreenMIMModel, Swin-B, every unit visible."""
-    model = GreenMIMModel(GreenMIMConfig(image_size=IMAGE_SIZE, **SWIN_BASE))
-    return model, lambda images: model(images).pooler_output.float().square().mean()
+def greenmim_classifier(args) -> tuple[torch.nn.Module, Callable]:
+    """GreenMIMForImageClassification, every unit visible."""
+    return _classifier(GreenMIMForImageClassification, GreenMIMConfig, args)
 
 
-def swin_encoder(args) -> tuple[torch.nn.Module, Callable]:
-    """Transformers' SwinModel, Swin-B."""
-    model = SwinModel(SwinConfig(image_size=IMAGE_SIZE, drop_path_rate=0.0, **SWIN_BASE))
-    return model, lambda images: model(images).pooler_output.float().square().mean()
+def swin_classifier(args) -> tuple[torch.nn.Module, Callable]:
+    """Transformers' SwinForImageClassification."""
+    return _classifier(SwinForImageClassification, SwinConfig, args)
+
+
+def _classifier(model_class, config_class, args) -> tuple[torch.nn.Module, Callable]:
+    """Cross-entropy with labels in training, logits alone in inference."""
+    config = config_class(image_size=IMAGE_SIZE, num_labels=NUM_LABELS, drop_path_rate=0.0, **SIZES[args.size])
+    model = model_class(config)
+    if args.inference:
+        return model, lambda images: model(images).logits
+    labels = torch.randint(NUM_LABELS, (args.batch_size,)).to(args.device)
+    return model, lambda images: model(images, labels=labels).loss
 
 
 TASKS = {
     "pretraining": {"greenmim": greenmim, "simmim": simmim, "vit_mae": vit_mae},
-    "encoder": {"greenmim": greenmim_encoder, "swin": swin_encoder},
+    "classification": {"greenmim": greenmim_classifier, "swin": swin_classifier},
 }
 
 
 def make_step(build: Callable, args, dtype: str) -> Callable[[], None]:
-    """One training step of a freshly built model on fixed random images."""
+    """One training step, or one forward pass, of a freshly built model on fixed random images."""
     torch.manual_seed(0)
     model, loss_of = build(args)
-    model.to(args.device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    model.to(args.device).train(not args.inference)
+    if args.compile:
+        model.compile()
     images = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=args.device)
 
+    def forward():
+        with torch.autocast(args.device, torch.bfloat16) if dtype == "bf16" else nullcontext():
+            return loss_of(images)
+
+    if args.inference:
+        return torch.inference_mode()(forward)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+
     def step():
-        autocast = torch.autocast(args.device, torch.bfloat16) if dtype == "bf16" else nullcontext()
-        with autocast:
-            loss = loss_of(images)
-        loss.backward()
+        forward().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -131,7 +158,8 @@ def time_steps(builders: dict, args, dtype: str) -> dict[str, float]:
 def peak_memory(args, dtype: str, name: str) -> float:
     """Peak memory in GB of a fresh process that makes four steps with one model."""
     command = [sys.executable, __file__, "--measure_memory_of", name, "--task", args.task, "--dtype", dtype]
-    command += ["--batch_size", str(args.batch_size), "--device", args.device]
+    command += ["--batch_size", str(args.batch_size), "--device", args.device, "--size", args.size]
+    command += ["--inference"] * args.inference + ["--compile"] * args.compile
     if args.reference:
         command += ["--reference", args.reference, "--reference_factory", args.reference_factory]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -151,6 +179,9 @@ def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=list(TASKS), default="pretraining")
+    parser.add_argument("--size", choices=list(SIZES), default="base", help="of the Swin transformers")
+    parser.add_argument("--inference", action="store_true", help="forward passes alone (--task classification)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile all models")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32"], help="bf16 = autocast")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -166,7 +197,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", help="JSON file for the results")
     parser.add_argument("--measure_memory_of", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.inference and args.task != "classification":
+        parser.error("--inference needs --task classification; pre-training has no inference.")
+    return args
 
 
 def main() -> None:
@@ -179,9 +213,16 @@ def main() -> None:
         print(measure_memory(builders[args.measure_memory_of], args))
         return
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    results = {"task": args.task, "device": device, "machine": platform.processor(), "torch": torch.__version__}
-    results |= {"batch_size": args.batch_size, "rows": []}
-    print(f"| {args.task}, batch {args.batch_size}, {device} | images/s | GreenMIM is | peak memory, GB |")
+    work = f"{args.task} {'inference' if args.inference else 'step'}, {args.size}, batch {args.batch_size}"
+    results = {
+        "work": work,
+        "compile": args.compile,
+        "device": device,
+        "machine": platform.processor(),
+        "torch": torch.__version__,
+        "rows": [],
+    }
+    print(f"| {work}, {device}{', compiled' * args.compile} | images/s | GreenMIM is | peak memory, GB |")
     print("| --- | --- | --- | --- |")
     for dtype in args.dtype:
         seconds = {} if args.memory_only else time_steps(builders, args, dtype)

@@ -8,7 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_greenmim import GreenMIMConfig
 from .grouping import GroupPlan
-from .layout import take_tokens
+from .layout import move_tokens, take_tokens
 
 
 def eager_attention_forward(
@@ -29,7 +29,7 @@ def eager_attention_forward(
         weights = torch.add(attention_mask, weights, alpha=scaling)  # one pass over memory
     weights = nn.functional.softmax(weights, dim=-1).to(value.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+    return torch.matmul(weights, value).transpose(1, 2), weights
 
 
 def attend(module: nn.Module, query, key, value, attention_mask=None):
@@ -76,21 +76,34 @@ class GreenMIMWindowAttention(nn.Module):
 
         Groups are folded into the heads, so that one bias serves the batch.
         """
+        num_groups = plan.bias_index.shape[1]
+        moves = plan.token_of_slot is not None
+        # What is moved is least before the projection; but with padding, projecting tokens alone costs less.
+        if moves and not plan.has_padding:
+            hidden_states = self._to_slots(hidden_states, plan)
         qkv = self.qkv(hidden_states)
-        groups = (1, qkv.shape[1])
-        if plan.token_of_slot is not None:
-            groups = plan.token_of_slot.shape[1:]
-            qkv = take_tokens(qkv, plan.token_of_slot.flatten(1))
-        # (batch, groups * slots, width) each -> (batch, heads * groups, slots, head_dim)
-        query, key, value = (
-            part.unflatten(2, (self.num_heads, -1)).unflatten(1, groups).permute(0, 3, 1, 2, 4).flatten(1, 2)
-            for part in qkv.chunk(3, dim=-1)
-        )
+        if plan.has_padding:
+            qkv = self._to_slots(qkv, plan)
+        # (batch, groups * slots, 3 * width) -> (batch, heads * groups, slots, head_dim) each, in one copy
+        qkv = qkv.unflatten(2, (3, self.num_heads, -1)).unflatten(1, (num_groups, -1))
+        query, key, value = qkv.permute(3, 0, 4, 1, 2, 5).flatten(2, 3).unbind()
         output, weights = attend(self, query, key, value, self.position_bias(plan, query.dtype))
         output = output.unflatten(2, (self.num_heads, -1)).permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)
-        if plan.slot_of_token is not None:
-            output = take_tokens(output, plan.slot_of_token)
+        if moves:
+            output = self._to_tokens(output, plan)
         return self.proj(output), weights
+
+    @staticmethod
+    def _to_slots(tokens: torch.Tensor, plan: GroupPlan) -> torch.Tensor:
+        """`(batch, num_tokens, channels)` -> `(batch, groups * slots, channels)`; padding slots have no gradient."""
+        return move_tokens(tokens, plan.token_of_slot.flatten(1), plan.slot_of_token)
+
+    @staticmethod
+    def _to_tokens(slots: torch.Tensor, plan: GroupPlan) -> torch.Tensor:
+        """`(batch, groups * slots, channels)` -> `(batch, num_tokens, channels)`."""
+        if plan.has_padding:
+            return take_tokens(slots, plan.slot_of_token)
+        return move_tokens(slots, plan.slot_of_token, plan.token_of_slot.flatten(1))
 
     def position_bias(self, plan: GroupPlan, dtype: torch.dtype) -> torch.Tensor:
         """Bias of every pair of slots, -inf across windows: `(plans, heads * groups, slots, slots)`."""

@@ -55,6 +55,11 @@ class GroupPlan:
         """Slots of all groups of one plan, padding included."""
         return self.bias_index.shape[1] * self.group_size
 
+    @property
+    def has_padding(self) -> bool:
+        """Whether some slots hold no token."""
+        return self.slot_of_token is not None and self.slot_of_token.shape[1] < self.num_slots
+
 
 def _move(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     return None if tensor is None else tensor.to(device)

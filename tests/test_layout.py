@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_greenmim.layout import nested_patches, patchify, take_tokens, token_places, unpatchify
+from modeling_greenmim.layout import move_tokens, nested_patches, patchify, take_tokens, token_places, unpatchify
 from tests.oracle import nested_coordinates, random_images, units_of
 
 
@@ -83,3 +83,18 @@ def test_take_tokens_shared_and_per_sample():
     own = torch.tensor([[1, 2], [6, 0], [3, 3]])
     actual = take_tokens(tokens, own + 7 * torch.arange(3)[:, None])
     assert torch.equal(actual, torch.stack([row[index] for row, index in zip(tokens, own)]))
+
+
+@pytest.mark.parametrize("num_plans", [1, 2])
+def test_moving_tokens_has_the_gradient_of_taking_them(num_plans):
+    """Where a place of the result repeats a token and is not in the inverse, it has no gradient."""
+    tokens = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    index = torch.tensor([[2, 0, 3, 0, 1]]) + 4 * torch.arange(num_plans)[:, None]
+    inverse = torch.tensor([[1, 4, 0, 2]]) + 5 * torch.arange(num_plans)[:, None]
+    weights = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights[:, 3] = 0
+    moved, taken = move_tokens(tokens, index, inverse), take_tokens(tokens, index)
+    assert torch.equal(moved, taken)
+    (actual,) = torch.autograd.grad((moved * weights).sum(), tokens)
+    (expected,) = torch.autograd.grad((taken * weights).sum(), tokens)
+    assert torch.equal(actual, expected)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import SwinConfig, SwinModel
 
-from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel, grouping
-from modeling_greenmim.swin import GreenMIMDropPath
+from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel, grouping, swin
+from modeling_greenmim.swin import GreenMIMDropPath, GreenMIMMLP
 from tests.oracle import (
     DenseSwin,
     assert_all_close,
@@ -245,6 +245,18 @@ def test_masked_pixels_change_nothing():
     assert not torch.equal(pixel_values, other)
     expected = model(pixel_values, bool_masked_pos=mask).last_hidden_state
     assert torch.equal(model(other, bool_masked_pos=mask).last_hidden_state, expected)
+
+
+def test_an_mlp_in_parts_equals_the_whole(monkeypatch):
+    mlp = randomize(GreenMIMMLP(tiny_config(), 8, 32))
+    tokens = torch.randn(5, 6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parts = []
+    mlp.fc1.register_forward_hook(lambda module, inputs, output: parts.append(len(inputs[0])))
+    expected = mlp(tokens)
+    monkeypatch.setattr(swin, "CPU_TOKENS", 13)
+    with torch.no_grad():
+        assert_close(mlp(tokens), expected)
+    assert parts == [5, 2, 2, 1]
 
 
 # Attention weights
