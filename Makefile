@@ -1,8 +1,8 @@
-# make pretrain | test | style | quality. Each sets up .venv with pinned dependencies first, if that is not done yet.
+# make pretrain | finetune | test | style | quality. Each sets up .venv with pinned dependencies first, if that is not done yet.
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: pretrain test style quality
+.PHONY: pretrain finetune test style quality
 .DEFAULT_GOAL := pretrain
 
 # Torch comes first: installed alone, no other package can pull in another version of it.
@@ -17,6 +17,10 @@ pretrain: .venv/installed
 	test -f outputs/elpv/README.md || $(BIN)/python run_mim.py examples/pretrain_elpv.yaml \
 		--resume_from_checkpoint $(if $(wildcard outputs/elpv/checkpoint-*),true,false)
 	@echo "Reconstructions: outputs/elpv/reconstruction.png (remove outputs/elpv to train anew)"
+
+# What pre-training brings; finished runs are kept in outputs/elpv-studies.
+finetune: pretrain
+	$(BIN)/python benchmarks/elpv.py methods
 
 test: .venv/installed
 	$(BIN)/python -m pytest --numprocesses 2 tests

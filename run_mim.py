@@ -9,21 +9,19 @@
 Without --train_dir and --dataset_name it trains on the ELPV photographs of solar cells.
 """
 
-import json
 import logging
 import os
 import shlex
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import datasets
 import transformers
-import yaml
-from transformers import AutoImageProcessor, AutoModelForPreTraining, HfArgumentParser, set_seed
+from transformers import AutoImageProcessor, AutoModelForPreTraining, set_seed
 
 from modeling_greenmim import GreenMIMForPreTraining
-from training_greenmim.arguments import MIMTrainingArguments
+from training_greenmim.arguments import MIMTrainingArguments, parse_arguments
+from training_greenmim.checkpoints import find_checkpoint
 from training_greenmim.data import (
     ImageDataset,
     ImageStream,
@@ -36,7 +34,7 @@ from training_greenmim.data import (
 from training_greenmim.images import EvalTransform, TrainTransform
 from training_greenmim.model_card import RunFacts
 from training_greenmim.models import MODEL_SIZES, build_config, build_image_processor
-from training_greenmim.trainer import MIMTrainer, is_whole_checkpoint, last_checkpoint
+from training_greenmim.pretraining import MIMTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -107,69 +105,6 @@ class DataArguments:
             raise ValueError(f"`train_val_split` is {self.train_val_split}; it must be between 0 and 1.")
         if not 0 < self.min_crop_scale <= 1:
             raise ValueError(f"`min_crop_scale` is {self.min_crop_scale}; it must be in (0, 1].")
-
-
-def parse_arguments(argv: list[str]) -> tuple[ModelArguments, DataArguments, MIMTrainingArguments]:
-    """Reads flags, or a .json/.yaml file followed by flags that win over it.
-
-    Raises:
-        `ValueError`: for names in the file that are no flags.
-    """
-    parser = HfArgumentParser((ModelArguments, DataArguments, MIMTrainingArguments))
-    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-        text = Path(argv[0]).read_text()
-        values = json.loads(text) if argv[0].endswith(".json") else yaml.safe_load(text)
-        unknown = sorted(set(values) - {action.dest for action in parser._actions})
-        if unknown:
-            raise ValueError(f"{argv[0]} sets {unknown}, which are no arguments of run_mim.py.")
-        parser.set_defaults(**values)
-        argv = argv[1:]
-    return parser.parse_args_into_dataclasses(argv)
-
-
-def find_checkpoint(args: MIMTrainingArguments) -> str | None:
-    """Checkpoint to resume from; makes sure that no other run is overwritten.
-
-    Raises:
-        `ValueError`: when the output folder holds a run that is not resumed, no checkpoint to resume, or one that is
-            the end of its run.
-    """
-    resume = str(args.resume_from_checkpoint or "")  # a YAML file may say true
-    if resume and resume.lower() != "false":
-        checkpoint = last_checkpoint(args.output_dir) if resume.lower() == "true" else resume
-        if checkpoint is None:
-            raise ValueError(f"`resume_from_checkpoint` is {resume}, but {args.output_dir!r} has no whole checkpoint.")
-        if not is_whole_checkpoint(checkpoint):
-            raise ValueError(f"`resume_from_checkpoint` is {resume!r}, which is no whole checkpoint of a run.")
-        if args.do_train:
-            check_unfinished(checkpoint, args)
-        return checkpoint
-    output = Path(args.output_dir)
-    traces = [*output.glob("checkpoint-*"), *output.glob("*.safetensors"), *output.glob("trainer_state.json")]
-    if args.do_train and traces:
-        raise ValueError(
-            f"`output_dir` is {args.output_dir!r}, which already holds a run ({traces[0].name}). Continue it with"
-            " --resume_from_checkpoint true, or choose another folder."
-        )
-    return None
-
-
-def check_unfinished(checkpoint: str, args: MIMTrainingArguments) -> None:
-    """Refuses to resume a run that is at its end: `Trainer` would make one step more.
-
-    Raises:
-        `ValueError`: naming what to raise.
-    """
-    state = json.loads(Path(checkpoint, "trainer_state.json").read_text())
-    done, planned = state["epoch"], args.num_train_epochs
-    name = "num_train_epochs"
-    if args.max_steps > 0:
-        done, planned, name = state["global_step"], args.max_steps, "max_steps"
-    if done >= planned:
-        raise ValueError(
-            f"`resume_from_checkpoint`: {checkpoint} is the end of its run, `{name}` is {planned}. Its model is there;"
-            f" raise {name} to train on."
-        )
 
 
 def load_data(data: DataArguments, args: MIMTrainingArguments):
@@ -264,7 +199,7 @@ def build_model(model_args: ModelArguments) -> tuple:
 def main(argv: list[str] | None = None) -> None:
     """Runs pre-training."""
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, args = parse_arguments(argv)
+    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, MIMTrainingArguments), argv)
     if not (args.do_train or args.do_eval):
         raise ValueError("Nothing to do: give `do_train`, `do_eval` or both.")
     level = logging.INFO if args.should_log else logging.ERROR

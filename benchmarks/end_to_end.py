@@ -20,7 +20,7 @@ from training_greenmim.arguments import MIMTrainingArguments
 from training_greenmim.data import ImageDataset, elpv
 from training_greenmim.images import TrainTransform
 from training_greenmim.models import build_config, build_image_processor
-from training_greenmim.trainer import MIMTrainer
+from training_greenmim.pretraining import MIMTrainer
 
 
 class StepTimes(TrainerCallback):

@@ -4,10 +4,6 @@ import json
 import logging
 import os
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -30,30 +26,30 @@ from tests.training_helpers import (
     assert_same_weights,
     encoded,
     flags,
+    kill_after_checkpoint,
     messages,
     noise_image,
+    results_of,
     run,
+    run_in_two_processes,
     start,
-    subprocess_environment,
+    state_of,
     tiny_config,
     weights,
     write_broken,
     write_images,
     write_webdataset,
 )
+from training_greenmim.arguments import MIMTrainingArguments, parse_arguments
 from training_greenmim.models import MODEL_SIZES, build_config, parse_overrides
-
-
-def state_of(output: Path) -> dict:
-    return json.loads((output / "trainer_state.json").read_text())
-
-
-def results_of(output: Path) -> dict:
-    return json.loads((output / "all_results.json").read_text())
 
 
 def card_of(output: Path) -> str:
     return (output / "README.md").read_text()
+
+
+def parse_run_mim(argv: list[str]) -> tuple:
+    return parse_arguments((run_mim.ModelArguments, run_mim.DataArguments, MIMTrainingArguments), argv)
 
 
 def write_parquet(folder: Path, count: int, split: str = "train", first_seed: int = 0) -> Path:
@@ -108,7 +104,7 @@ def test_held_out_share_is_disjoint_and_fixed_by_the_seed(tmp_path):
 
     def split(seed):
         argv = flags(tmp_path / "out", "--train_dir", tmp_path / "data", "--do_train", "--do_eval", "--seed", seed)
-        _, data, args = run_mim.parse_arguments([*argv, "--train_val_split", "0.25"])
+        _, data, args = parse_run_mim([*argv, "--train_val_split", "0.25"])
         train, evaluation = run_mim.build_datasets(data, args, tiny_config())
         return tuple({record["path"] for record in part.records["image"]} for part in (train, evaluation))
 
@@ -219,11 +215,11 @@ def test_file_of_arguments_and_flags_that_win(tmp_path, kind):
     }
     path = tmp_path / f"run.{kind}"
     path.write_text(json.dumps(values) if kind == "json" else yaml.safe_dump(values))
-    model, data, args = run_mim.parse_arguments([str(path)])
+    model, data, args = parse_run_mim([str(path)])
     assert (model.config_name, data.train_dir, args.max_steps) == ("tiny", "photos", 7)
     assert args.do_train and args.mask_per_sample and args.learning_rate == pytest.approx(0.001 * 16 / 256)
     more = ["--max_steps", "3", "--config_name", "small", "--mask_per_sample", "false", "--do_eval"]
-    model, data, args = run_mim.parse_arguments([str(path), *more])
+    model, data, args = parse_run_mim([str(path), *more])
     assert (model.config_name, data.train_dir, args.max_steps) == ("small", "photos", 3)
     assert args.do_train and args.do_eval and not args.mask_per_sample
 
@@ -232,7 +228,7 @@ def test_unknown_names_in_the_file_are_refused(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: out\nmax_step: 3\nepochs: 2\n")
     with pytest.raises(ValueError, match=r"run\.yaml sets \['epochs', 'max_step'\]"):
-        run_mim.parse_arguments([str(path)])
+        parse_run_mim([str(path)])
 
 
 @pytest.mark.parametrize("text", ["true", '"true"'])
@@ -249,13 +245,13 @@ def test_file_can_ask_to_resume(tmp_path, text):
 def test_numbers_with_exponents_in_the_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(f"output_dir: {tmp_path / 'out'}\nuse_cpu: true\nlearning_rate: 1e-3\nadam_epsilon: 1.0e-7\n")
-    args = run_mim.parse_arguments([str(path)])[2]
+    args = parse_run_mim([str(path)])[2]
     assert (args.learning_rate, args.adam_epsilon) == (1e-3, 1e-7)
 
 
 def test_example_is_a_valid_file():
     argv = [str(ROOT / "examples" / "pretrain_elpv.yaml"), "--use_cpu", "true"]
-    model, data, args = run_mim.parse_arguments(argv)
+    model, data, args = parse_run_mim(argv)
     assert args.do_train and args.do_eval and data.train_dir is None and data.dataset_name is None
     assert build_config(model.config_name, model.config_overrides).image_size == 128
 
@@ -424,7 +420,7 @@ def test_model_card_tells_data_recipe_results_and_command(finished):
     assert "(loss_curve.png)" in card and "(reconstruction.png)" in card
     (command,) = [line for line in card.splitlines() if line.startswith("python run_mim.py ")]
     argv = shlex.split(command)[2:]
-    model, data, args = run_mim.parse_arguments(argv)
+    model, data, args = parse_run_mim(argv)
     assert data.train_dir == str(finished.parent / "data") and args.output_dir == str(finished)
     assert model.config_overrides == OVERRIDES
     loaded = ModelCard.load(finished / "README.md")
@@ -551,22 +547,6 @@ def test_resuming_a_finished_run_is_an_error_that_names_what_to_raise(tmp_path, 
 # Exact resumption
 
 
-def kill_after_checkpoint(process: subprocess.Popen, checkpoint: Path) -> None:
-    """Sends SIGKILL to a run and its workers as soon as a checkpoint is whole."""
-    deadline = time.monotonic() + 120
-    try:
-        while not (checkpoint / "trainer_state.json").is_file():
-            assert process.poll() is None, process.stdout.read()
-            assert time.monotonic() < deadline, "no checkpoint in time"
-            time.sleep(0.005)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.stdout.close()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
-
-
 RESUMED = {
     "plain": (0, OVERRIDES, []),
     "everything": (
@@ -658,7 +638,7 @@ RANK_SCRIPT = """
 import json, sys
 from pathlib import Path
 import run_mim
-from training_greenmim.trainer import MIMTrainer
+from training_greenmim.pretraining import MIMTrainer
 
 class Recording(MIMTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -680,26 +660,7 @@ def launch(tmp_path: Path, argv: list[str]) -> list[list[dict]]:
     """Runs the script in two processes; returns what each step of each of them saw."""
     script = tmp_path / "recorded.py"
     script.write_text(RANK_SCRIPT)
-    # With --cpu, accelerate starts a single process; --multi_gpu is its way to start several, on CPUs too.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += [str(script), str(tmp_path / "seen"), *argv, "--ddp_backend", "gloo"]
-    environment = {**subprocess_environment(), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        log, _ = process.communicate(timeout=120)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert process.returncode == 0, log[-6000:]
+    run_in_two_processes(script, [str(tmp_path / "seen"), *argv, "--ddp_backend", "gloo"])
     files = [tmp_path / "seen" / f"{rank}.jsonl" for rank in range(2)]
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 

@@ -19,11 +19,14 @@ from modeling_greenmim import GreenMIMForPreTraining
 from modeling_greenmim.decoder import normalize_units
 from tests.training_helpers import encoded, messages, noise_image, tiny_config
 from training_greenmim.arguments import MIMTrainingArguments, default_num_workers
+from training_greenmim.checkpoints import last_checkpoint
 from training_greenmim.data import ImageDataset
 from training_greenmim.images import EvalTransform, TrainTransform
 from training_greenmim.models import build_image_processor
+from training_greenmim.optimization import no_decay_parameters
 from training_greenmim.pictures import GAP, loss_curve, picture_grid, reconstruct
-from training_greenmim.trainer import MIMTrainer, NonFiniteLossError, last_checkpoint, no_decay_parameters
+from training_greenmim.pretraining import MIMTrainer
+from training_greenmim.trainer import NonFiniteLossError
 
 
 def image_dataset(count: int, transform, first_seed: int = 0, seed: int = 0) -> ImageDataset:

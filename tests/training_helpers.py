@@ -1,10 +1,14 @@
-"""What the tests of pre-training share: tiny images, a tiny model, runs of the script."""
+"""What the tests of training share: tiny images, tiny models, runs of the scripts."""
 
+import csv
+import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -13,8 +17,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import run_image_classification
 import run_mim
-from modeling_greenmim import GreenMIMConfig
+from modeling_greenmim import GreenMIMConfig, GreenMIMForPreTraining
+from training_greenmim.models import build_image_processor
 
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +79,36 @@ def write_images(folder: Path, count: int, first_seed: int = 0) -> list[str]:
     return [str(path) for path in paths]
 
 
+def coloured_image(seed: int, channel: int, height: int = 40, width: int = 48) -> Image.Image:
+    """Dark noise with more of one colour."""
+    pixels = np.asarray(noise_image(seed, height, width)) // 3
+    pixels[..., channel] += 100
+    return Image.fromarray(pixels)
+
+
+def write_class_folders(folder: Path, counts: dict[str, int], first_seed: int = 0) -> Path:
+    """Writes PNG files of a colour for each class, those called red, green and blue their own, into sub-folders."""
+    for number, (name, count) in enumerate(counts.items()):
+        channel = {"red": 0, "green": 1, "blue": 2}.get(name, number % 3)
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            coloured_image(first_seed + 1000 * number + index, channel).save(folder / name / f"{index:03}.png")
+    return folder
+
+
+def write_pretrained(folder: Path, **changes) -> Path:
+    """Saves a tiny pre-training model with its image processor; the norms are not what they start as."""
+    torch.manual_seed(0)
+    model = GreenMIMForPreTraining(tiny_config(**changes))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    build_image_processor(model.config).save_pretrained(folder)
+    return folder
+
+
 def write_broken(path: Path) -> str:
     """Writes a PNG file that ends in its middle."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +145,36 @@ def run(output: Path, *more, overrides: str = OVERRIDES) -> Path:
     return output
 
 
+def classification_flags(output: Path, *more) -> list[str]:
+    """Arguments of a silent classification on the CPU; `more` wins."""
+    values = ["--output_dir", output, "--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 4]
+    values += ["--dataloader_num_workers", 0, "--use_cpu", "true", "--report_to", "none", "--disable_tqdm", "true"]
+    values += ["--save_strategy", "no", "--logging_steps", 1]
+    return [str(value) for value in (*values, *more)]
+
+
+def classify(output: Path, *more) -> Path:
+    """Runs the classification script in this process and returns its output folder."""
+    run_image_classification.main(classification_flags(output, *more))
+    return output
+
+
+def predictions_of(output: Path) -> list[dict[str, str]]:
+    """Lines of the predictions that a run wrote."""
+    with open(output / "predictions.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def results_of(output: Path) -> dict:
+    """The results of a run."""
+    return json.loads((output / "all_results.json").read_text())
+
+
+def state_of(output: Path) -> dict:
+    """The trainer's state at the end of a run."""
+    return json.loads((output / "trainer_state.json").read_text())
+
+
 def subprocess_environment() -> dict[str, str]:
     """Environment of a process that imports this repository, with the threads of this process."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -120,10 +186,10 @@ def subprocess_environment() -> dict[str, str]:
     }
 
 
-def start(argv: list[str]) -> subprocess.Popen:
-    """Starts the script in a process group of its own."""
+def start(argv: list[str], script: str = "run_mim.py") -> subprocess.Popen:
+    """Starts a script in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "run_mim.py"), *argv],
+        [sys.executable, str(ROOT / script), *argv],
         env=subprocess_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -143,6 +209,44 @@ def assert_same_weights(first: Path, second: Path) -> None:
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different, f"{len(different)} of {len(first)} tensors differ, such as {different[0]}"
+
+
+def kill_after_checkpoint(process: subprocess.Popen, checkpoint: Path) -> None:
+    """Sends SIGKILL to a run and its workers as soon as a checkpoint is whole."""
+    deadline = time.monotonic() + 120
+    try:
+        while not (checkpoint / "trainer_state.json").is_file():
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline, "no checkpoint in time"
+            time.sleep(0.005)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.stdout.close()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+
+def run_in_two_processes(script: Path, argv: list[str]) -> None:
+    """Runs a script in two processes of one thread each, which talk by gloo, and waits for them."""
+    # With --cpu, accelerate starts a single process; --multi_gpu is its way to start several, on CPUs too.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    process = subprocess.Popen(
+        [*command, str(script), *argv],
+        env={**subprocess_environment(), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        log, _ = process.communicate(timeout=240)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode == 0, log[-6000:]
 
 
 def messages(caplog, level: int = logging.WARNING) -> str:

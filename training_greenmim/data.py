@@ -30,39 +30,67 @@ class ImageDataset(torch.utils.data.Dataset):
         records: data set with an undecoded image column.
         column: name of that column.
         transform: function of (image source, generator) -> uint8 tensor.
-        seed: what augmentation is derived from, with epoch and sample.
+        seed: what augmentation is derived from, with epoch, sample and repetition.
+        label_column: column of class numbers to return too, if any.
     """
 
-    def __init__(self, records: datasets.Dataset, column: str, transform, seed: int):
+    def __init__(self, records: datasets.Dataset, column: str, transform, seed: int, label_column: str | None = None):
         self.records, self.column, self.transform, self.seed = records, column, transform, seed
+        self.label_column = label_column
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict:
-        """Sample for an index, or for (epoch, index).
+    def __getitem__(self, key: int | tuple[int, ...]) -> dict:
+        """Sample for an index, or for (epoch, index) or (epoch, index, repetition).
 
         Returns:
-            `pixel_values`, uint8 `(channels, height, width)`, and `unreadable`, a list of messages.
+            `pixel_values`, uint8 `(channels, height, width)`, `unreadable`, a list of messages, and `labels`, a class
+            number, where there is a label column.
 
         Raises:
             `IndexError`: past the end.
             `UnreadableImageError`: when no image of the data set can be read.
         """
-        epoch, first = key if isinstance(key, tuple) else (0, key)
+        epoch, first, *repetition = key if isinstance(key, tuple) else (0, key)
         if first >= len(self):
             raise IndexError(first)
         unreadable = []
         for index in range(first, first + len(self)):
             index %= len(self)
-            generator = derived_generator(self.seed, AUGMENTATION, epoch, index)
+            generator = derived_generator(self.seed, AUGMENTATION, epoch, index, *repetition)
             try:
-                pixel_values = read(self.records[index][self.column], self.transform, generator, f"image {index}")
+                return {**self._read(index, generator), "unreadable": unreadable}
             except UnreadableImageError as error:
                 unreadable.append(str(error))
-                continue
-            return {"pixel_values": pixel_values, "unreadable": unreadable}
         raise UnreadableImageError(f"none of {len(self)} images can be read; the last: {unreadable[-1]}")
+
+    def _read(self, index: int, generator: np.random.Generator) -> dict:
+        record = self.records[index]
+        pixel_values = read(record[self.column], self.transform, generator, f"image {index}")
+        if self.label_column is None:
+            return {"pixel_values": pixel_values}
+        return {"pixel_values": pixel_values, "labels": record[self.label_column]}
+
+
+class EveryImage(ImageDataset):
+    """Images of a `datasets.Dataset` for evaluation and prediction: one sample for each record, in order.
+
+    An unreadable image becomes zeros whose `readable` is False, so that it is not counted and keeps its line among the
+    predictions.
+    """
+
+    def __getitem__(self, index: int) -> dict:
+        """Sample `index`: what `ImageDataset` returns, and `readable`."""
+        if index >= len(self):
+            raise IndexError(index)
+        try:
+            return {**self._read(index, None), "unreadable": [], "readable": True}
+        except UnreadableImageError as error:
+            sample = {"pixel_values": torch.zeros(self.transform.shape, dtype=torch.uint8), "readable": False}
+            if self.label_column is not None:
+                sample["labels"] = self.records[index][self.label_column]
+            return {**sample, "unreadable": [str(error)]}
 
 
 class ImageStream(torch.utils.data.IterableDataset):
@@ -115,16 +143,22 @@ class ImageStream(torch.utils.data.IterableDataset):
 class EpochShuffle(torch.utils.data.Sampler):
     """Shuffles anew each epoch and yields (epoch, index), so that workers know the epoch whatever their age.
 
+    With repeated augmentation (https://huggingface.co/papers/1901.09335) an epoch draws fewer images, each several
+    times in a row, and yields (epoch, index, repetition).
+
     Args:
-        length: number of samples.
+        length: number of samples of the data set.
         seed: what the order is derived from, with the epoch.
+        repetitions: how often an image comes in an epoch that draws it.
+        multiple_of: the last samples of an epoch that are fewer than so many are left out.
     """
 
-    def __init__(self, length: int, seed: int):
-        self.length, self.seed, self.epoch = length, seed, 0
+    def __init__(self, length: int, seed: int, repetitions: int = 1, multiple_of: int = 1):
+        self.length, self.seed, self.repetitions, self.epoch = length, seed, repetitions, 0
+        self.count = length - length % multiple_of
 
     def __len__(self) -> int:
-        return self.length
+        return self.count
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch of the next iteration."""
@@ -132,15 +166,27 @@ class EpochShuffle(torch.utils.data.Sampler):
 
     def __iter__(self):
         order = torch.randperm(self.length, generator=derived_torch_generator(self.seed, SHUFFLE, self.epoch))
-        return ((self.epoch, index) for index in order.tolist())
+        if self.repetitions == 1:
+            return ((self.epoch, index) for index in order[: self.count].tolist())
+        repeated = order.repeat_interleave(self.repetitions)[: self.count].tolist()
+        return ((self.epoch, index, place % self.repetitions) for place, index in enumerate(repeated))
 
 
 def collate(samples: list[dict]) -> dict:
-    """Batch: `pixel_values`, uint8 `(batch, channels, height, width)`, and the messages on unreadable images."""
-    return {
+    """Batch of samples.
+
+    Returns:
+        `pixel_values`, uint8 `(batch, channels, height, width)`, the messages on `unreadable` images, and, where the
+        samples have them, `labels` and `readable`, both `(batch,)`.
+    """
+    batch = {
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
         "unreadable": [message for sample in samples for message in sample["unreadable"]],
     }
+    for name in ("labels", "readable"):
+        if name in samples[0]:
+            batch[name] = torch.tensor([sample[name] for sample in samples])
+    return batch
 
 
 def elpv() -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -170,8 +216,8 @@ def elpv() -> tuple[datasets.Dataset, datasets.Dataset]:
     return parts[0], parts[1]
 
 
-def load_folder(folder: str, argument: str) -> datasets.Dataset:
-    """All images below a folder, nested or not, without labels.
+def find_images(folder: str, argument: str) -> list[str]:
+    """Names of all image files below a folder, nested or not, in order.
 
     Raises:
         `ValueError`: when the folder does not exist or holds no image file.
@@ -179,15 +225,20 @@ def load_folder(folder: str, argument: str) -> datasets.Dataset:
     if not os.path.isdir(folder):
         raise ValueError(f"`{argument}` is {folder!r}, which is not a folder.")
     suffixes = tuple(ImageFolder.EXTENSIONS)
-    paths = sorted(
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(suffixes)
-    )
+    paths = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        # Such as .ipynb_checkpoints and __MACOSX: as `datasets` does.
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        paths += [os.path.join(parent, name) for name in names if name.lower().endswith(suffixes)]
+    paths.sort()
     if not paths:
         raise ValueError(f"`{argument}` is {folder!r}, which holds no image file.")
-    records = [{"path": path, "bytes": None} for path in paths]
+    return paths
+
+
+def load_folder(folder: str, argument: str) -> datasets.Dataset:
+    """All images below a folder, without labels; errors as in `find_images`."""
+    records = [{"path": path, "bytes": None} for path in find_images(folder, argument)]
     return datasets.Dataset.from_dict({"image": records}, datasets.Features({"image": ImageFeature(decode=False)}))
 
 
@@ -211,9 +262,22 @@ def find_image_column(records, name: str | None) -> str:
     return images[0]
 
 
-def undecoded(records, column: str):
-    """The data set or stream with its image column left encoded: the workers decode."""
-    return records.select_columns([column]).cast_column(column, ImageFeature(decode=False))
+def undecoded(records, column: str, *others: str):
+    """The data set or stream with its image column left encoded, since the workers decode, and some other columns.
+
+    Raises:
+        `ValueError`: when the column cannot hold images.
+    """
+    feature = (records.features or {}).get(column)
+    # Encoded bytes, file names and records of both are images too.
+    is_image = (
+        feature is None
+        or isinstance(feature, (ImageFeature, dict))
+        or getattr(feature, "dtype", None) in ("string", "binary")
+    )
+    if not is_image:
+        raise ValueError(f"`image_column_name` is {column!r}, a column of {feature}; images are needed.")
+    return records.select_columns([column, *others]).cast_column(column, ImageFeature(decode=False))
 
 
 def check_first_readable(records, column: str, size: tuple[int, int], channels: int, argument: str) -> None:

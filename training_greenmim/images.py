@@ -162,6 +162,7 @@ class EvalTransform:
 
     def __init__(self, size: tuple[int, int], channels: int):
         self.size, self.channels = size, channels
+        self.shape = (channels, *size)
 
     def __call__(self, source, generator=None) -> torch.Tensor:
         """Image source -> uint8 `(channels, height, width)`."""

@@ -1,5 +1,5 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""The README.md of a pre-trained model: data, recipe, results, pictures and the command."""
+"""The README.md of a trained model: data, recipe, results, pictures and the command."""
 
 import os
 import shutil
@@ -10,30 +10,18 @@ from huggingface_hub import ModelCard, ModelCardData
 from .pictures import loss_curve
 
 
-TEMPLATE = """---
-{metadata}
----
+CITATION = """## Citation
 
-# {title}
-
-A Swin transformer pre-trained with [GreenMIM](https://huggingface.co/papers/2205.13515): {mask_percent} % of each
-image is hidden in units of {unit}x{unit} px, the encoder runs on the visible units only, and a small decoder predicts
-the pixels of the hidden ones. It holds encoder and decoder; the encoder is what later tasks start from.
-
-## Use
-
-```python
-import modeling_greenmim  # registers the model with the Auto classes
-from transformers import AutoImageProcessor, AutoModel
-
-processor = AutoImageProcessor.from_pretrained("{location}")
-model = AutoModel.from_pretrained("{location}")
+```bibtex
+@inproceedings{huang2022green,
+  title = {Green Hierarchical Vision Transformer for Masked Image Modeling},
+  author = {Huang, Lang and You, Shan and Zheng, Mingkai and Wang, Fei and Qian, Chen and Yamasaki, Toshihiko},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2022}
+}
 ```
-
-The model was not trained to classify anything. What it learned comes from the images below alone; on other kinds of
-images it may be of no use.
-
-## Data
+"""
+RUN = """## Data
 
 {data}
 
@@ -57,24 +45,77 @@ images it may be of no use.
 
 {pictures}
 
-## Citation
-
-```bibtex
-@inproceedings{{huang2022green,
-  title = {{Green Hierarchical Vision Transformer for Masked Image Modeling}},
-  author = {{Huang, Lang and You, Shan and Zheng, Mingkai and Wang, Fei and Qian, Chen and Yamasaki, Toshihiko}},
-  booktitle = {{Advances in Neural Information Processing Systems}},
-  year = {{2022}}
-}}
-```
 """
+PRETRAINED = (
+    """---
+{metadata}
+---
+
+# {title}
+
+A Swin transformer pre-trained with [GreenMIM](https://huggingface.co/papers/2205.13515): {mask_percent} % of each
+image is hidden in units of {unit}x{unit} px, the encoder runs on the visible units only, and a small decoder predicts
+the pixels of the hidden ones. It holds encoder and decoder; the encoder is what later tasks start from.
+
+## Use
+
+```python
+import modeling_greenmim  # registers the model with the Auto classes
+from transformers import AutoImageProcessor, AutoModel
+
+processor = AutoImageProcessor.from_pretrained("{location}")
+model = AutoModel.from_pretrained("{location}")
+```
+
+The model was not trained to classify anything. What it learned comes from the images below alone; on other kinds of
+images it may be of no use.
+
+"""
+    + RUN
+)
+CLASSIFIER = (
+    """---
+{metadata}
+---
+
+# {title}
+
+An image classifier ({kind}) of {num_labels} classes: {classes}.
+
+## Use
+
+```python
+import modeling_greenmim  # registers the model with the Auto classes
+from transformers import pipeline
+
+classify = pipeline("image-classification", model="{location}")
+```
+
+It knows the classes of the images below and no others; on other kinds of images its answers mean nothing.
+
+"""
+    + RUN
+)
 
 
 def _table(rows: dict) -> str:
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
-def _recipe(trainer) -> dict:
+def _optimization(trainer) -> dict:
+    args = trainer.args
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0, 2),
+        "batch": args.total_batch_size,
+        "learning rate": f"{args.learning_rate:.3g}, {args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
+        "weight decay": args.weight_decay,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "seed": args.seed,
+    }
+
+
+def _pretraining_recipe(trainer) -> dict:
     args, config = trainer.args, trainer.model.config
     height, width = config.image_height_and_width
     return {
@@ -83,20 +124,27 @@ def _recipe(trainer) -> dict:
         "image size": f"{height}x{width} px, patches of {config.patch_size} px",
         "masks": f"ratio {config.mask_ratio}, one per {'image' if args.mask_per_sample else 'step and process'}",
         "target": "pixels normalised per unit" if config.norm_pix_loss else "pixels",
-        "steps": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch, 2),
-        "batch": args.total_batch_size,
-        "optimizer": f"AdamW, betas {args.adam_beta1}/{args.adam_beta2}, weight decay {args.weight_decay}",
-        "learning rate": f"{args.learning_rate:.3g}, {args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-        "seed": args.seed,
+        "optimizer": f"AdamW, betas {args.adam_beta1}/{args.adam_beta2}",
+        **_optimization(trainer),
+    }
+
+
+def _classification_recipe(trainer) -> dict:
+    args = trainer.args
+    names = ("layer_decay", "min_crop_scale", "rand_augment", "color_jitter", "random_erasing", "mixup", "cutmix")
+    names += ("label_smoothing_factor", "repeated_augmentation", "ema_decay", "balance", "max_grad_norm")
+    return {
+        "optimizer": "LARS" if args.lars else f"AdamW, betas {args.adam_beta1}/{args.adam_beta2}",
+        **_optimization(trainer),
+        "drop_path_rate": getattr(trainer.model.config, "drop_path_rate", 0),
+        **{name: getattr(args, name) for name in names},
     }
 
 
 def _results(log_history: list[dict]) -> dict:
     """The last numbers of training and of evaluation."""
     results = {}
-    for name in ("train_loss", "eval_loss"):
+    for name in ("train_loss", "eval_loss", "eval_ema_loss"):
         entries = [entry for entry in log_history if name in entry]
         results |= entries[-1] if entries else {}
     return {name: f"{value:.5g}" for name, value in results.items() if name not in ("step", "epoch", "total_flos")}
@@ -118,9 +166,8 @@ class RunFacts:
 
 
 def write_model_card(trainer, facts: RunFacts) -> None:
-    """Writes README.md, the loss curve and the last reconstruction picture into the output folder of a trainer."""
+    """Writes README.md of a pre-trained model, with its pictures, into the output folder of its trainer."""
     folder, config = trainer.args.output_dir, trainer.model.config
-    loss_curve(trainer.state.log_history).savefig(os.path.join(folder, "loss_curve.png"), dpi=120)
     pictures = ""
     if trainer.last_picture:
         shutil.copy(trainer.last_picture, os.path.join(folder, "reconstruction.png"))
@@ -128,24 +175,50 @@ def write_model_card(trainer, facts: RunFacts) -> None:
             "Images that were not trained on: original, masked input, reconstruction (visible units pasted in, hidden"
             " ones scaled back by their own mean and variance).\n\n![Reconstructions](reconstruction.png)"
         )
-    location = trainer.args.hub_model_id or folder
-    metadata = ModelCardData(
-        license=facts.license_name,
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        tags=["greenmim", "swin", "masked-image-modeling"],
-    )
-    unreadable = f" {len(trainer.unreadable)} of them could not be read." if trainer.unreadable else ""
-    content = TEMPLATE.format(
-        metadata=metadata.to_yaml(),
-        title=os.path.basename(os.path.normpath(location)),
+    _write(
+        trainer,
+        facts,
+        PRETRAINED,
+        {"pipeline_tag": "image-feature-extraction", "tags": ["greenmim", "swin", "masked-image-modeling"]},
+        recipe=_table(_pretraining_recipe(trainer)),
+        pictures=pictures,
         mask_percent=f"{100 * config.mask_ratio:g}",
         unit=config.encoder_stride,
+    )
+
+
+def write_classifier_card(trainer, facts: RunFacts) -> None:
+    """Writes README.md of a classifier, with its pictures, into the output folder of its trainer."""
+    config = trainer.model.config
+    names = list(config.id2label.values())
+    pictures = ""
+    if os.path.exists(os.path.join(trainer.args.output_dir, "eval_confusion_matrix.png")):
+        pictures = "![Confusion matrix](eval_confusion_matrix.png)"
+    _write(
+        trainer,
+        facts,
+        CLASSIFIER,
+        {"pipeline_tag": "image-classification", "tags": [config.model_type]},
+        recipe=_table(_classification_recipe(trainer)),
+        pictures=pictures,
+        kind=type(trainer.model).__name__,
+        num_labels=len(names),
+        classes=", ".join(names[:20]) + (", ..." if len(names) > 20 else ""),
+    )
+
+
+def _write(trainer, facts: RunFacts, template: str, metadata: dict, **values) -> None:
+    folder = trainer.args.output_dir
+    loss_curve(trainer.state.log_history).savefig(os.path.join(folder, "loss_curve.png"), dpi=120)
+    location = trainer.args.hub_model_id or folder
+    unreadable = f" {len(trainer.unreadable)} of them could not be read." if trainer.unreadable else ""
+    content = template.format(
+        metadata=ModelCardData(license=facts.license_name, library_name="transformers", **metadata).to_yaml(),
+        title=os.path.basename(os.path.normpath(location)),
         location=location,
         data=facts.data + unreadable,
-        recipe=_table(_recipe(trainer)),
         command=facts.command,
         results=_table(_results(trainer.state.log_history)),
-        pictures=pictures,
+        **values,
     )
-    ModelCard(content).save(os.path.join(folder, "README.md"))
+    ModelCard(content + CITATION).save(os.path.join(folder, "README.md"))

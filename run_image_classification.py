@@ -1,0 +1,380 @@
+#!/usr/bin/env python
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Fine-tunes, probes and evaluates an image classifier.
+
+    python run_image_classification.py --model_name_or_path outputs/photos --train_dir train \\
+        --validation_dir validation --output_dir outputs/classifier --do_train --do_eval
+    python run_image_classification.py --mode linear ...     # only a linear head learns
+    python run_image_classification.py --mode knn ...        # nothing learns: k nearest neighbours
+    accelerate launch run_image_classification.py ...        # any number of processes
+
+Folders hold one sub-folder for each class. Without --train_dir and --dataset_name it classifies the ELPV photographs
+of solar cells. Arguments may stand in a .yaml or .json file, named first; flags after it win.
+"""
+
+import logging
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+
+import datasets
+import transformers
+from transformers import AutoModelForImageClassification, set_seed
+
+from modeling_greenmim import GreenMIMConfig, GreenMIMForImageClassification
+from training_greenmim import labels
+from training_greenmim.arguments import ClassificationTrainingArguments, parse_arguments
+from training_greenmim.checkpoints import find_checkpoint
+from training_greenmim.classification import ClassificationTrainer
+from training_greenmim.data import (
+    EveryImage,
+    ImageDataset,
+    check_first_readable,
+    elpv,
+    load_folder,
+)
+from training_greenmim.images import EvalTransform, TrainTransform
+from training_greenmim.labels import LabelledData, Part
+from training_greenmim.metrics import load_metrics
+from training_greenmim.model_card import RunFacts
+from training_greenmim.models import (
+    MODEL_SIZES,
+    build_config,
+    build_image_processor,
+    center_cropped,
+    class_names,
+    image_height_and_width,
+    load_classifier,
+    parse_overrides,
+)
+from training_greenmim.probes import first_stages, fold_head, freeze_encoder, use_neighbours
+from training_greenmim.recipes import HELP, recipe_defaults
+
+
+logger = logging.getLogger(__name__)
+
+MODES = ("finetune", "linear", "knn")
+
+
+@dataclass
+class ModelArguments:
+    """What to classify with."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint to start from: GreenMIM's, pre-trained or fine-tuned, or any image classifier."},
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={"help": f"Start from scratch: one of {', '.join(MODEL_SIZES)}, a folder or a repository."},
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": 'Changes to the configuration: "image_size=384,window_size=12".'}
+    )
+    mode: str = field(
+        default="finetune",
+        metadata={"help": "finetune, linear (frozen encoder, batch norm, linear head) or knn (no training)."},
+    )
+    recipe: str | None = field(default=None, metadata={"help": HELP})
+    feature_stage: int | None = field(
+        default=None, metadata={"help": "Stage that gives the features, from 1; default: the last."}
+    )
+    drop_path_rate: float = field(default=0.0, metadata={"help": "Stochastic depth of the last block."})
+    knn_k: int = field(default=20, metadata={"help": "Neighbours that vote."})
+    knn_temperature: float = field(default=0.07, metadata={"help": "Temperature of the votes' weights."})
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Replace a head that was trained for other classes."}
+    )
+    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention: sdpa or eager."})
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"`mode` is {self.mode!r}; it must be one of {', '.join(MODES)}.")
+        if bool(self.model_name_or_path) == bool(self.config_name):
+            raise ValueError(
+                f"`model_name_or_path` is {self.model_name_or_path!r} and `config_name` is {self.config_name!r};"
+                " exactly one of them is needed: a checkpoint to start from, or what to build from scratch."
+            )
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}; it must be in [0, 1).")
+        if self.knn_temperature <= 0:
+            raise ValueError(f"`knn_temperature` is {self.knn_temperature}; it must be positive.")
+
+
+@dataclass
+class DataArguments:
+    """What to classify."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Data set of the Hub or a local one (a folder of parquet files)."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with a sub-folder for each class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same to evaluate on."})
+    test_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of images to predict; default: the data set's test part, or validation."},
+    )
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of the training images to evaluate on where there are no others."}
+    )
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images."})
+    label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on so many images only, drawn by the seed with each class's share."}
+    )
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many only, drawn likewise."})
+    metrics: list[str] | None = field(
+        default=None,
+        metadata={"help": "Metrics: shipped ones (folder metrics/), paths or names on the Hub; default: what suits."},
+    )
+
+    def __post_init__(self):
+        if self.dataset_name and (self.train_dir or self.validation_dir):
+            given = "train_dir" if self.train_dir else "validation_dir"
+            raise ValueError(
+                f"`dataset_name` is {self.dataset_name!r} and `{given}` is {getattr(self, given)!r}; give one of them."
+            )
+        if not 0 < self.train_val_split < 1:
+            raise ValueError(f"`train_val_split` is {self.train_val_split}; it must be between 0 and 1.")
+
+
+def load_data(data: DataArguments, args: ClassificationTrainingArguments) -> LabelledData:
+    """Reads what the arguments name; images stay undecoded, labels become classes.
+
+    Raises:
+        `ValueError`: for folders or data sets that do not fit.
+    """
+    parts = LabelledData()
+    if data.dataset_name:
+        found = datasets.load_dataset(data.dataset_name, data.dataset_config_name)
+        columns = (data.image_column_name, data.label_column_name)
+        splits = {"train": "train", "validation": "validation", "test": "test"}
+        if "validation" not in found:
+            splits = {"train": "train", "test": "validation"}
+        for split, name in splits.items():
+            if split in found and (name != "test" or args.do_predict):
+                records = labels.prepare(found[split], "dataset_name", *columns, may_lack_labels=name == "test")
+                setattr(parts, name, Part(records, "dataset_name"))
+    elif data.train_dir or data.validation_dir or data.test_dir:
+        if data.train_dir:
+            parts.train = Part(labels.load_class_folders(data.train_dir, "train_dir"), "train_dir")
+        if data.validation_dir:
+            folder = labels.load_class_folders(data.validation_dir, "validation_dir")
+            parts.validation = Part(folder, "validation_dir")
+    else:
+        parts.train, parts.validation = (Part(labels.prepare(part, "dataset_name"), "dataset_name") for part in elpv())
+    if data.test_dir:
+        parts.test = Part(load_folder(data.test_dir, "test_dir"), "test_dir")
+    if parts.validation is None and parts.train is not None and (args.do_eval or args.do_predict):
+        train, validation = labels.split(parts.train.records, data.train_val_split, args.seed)
+        parts.train, parts.validation = Part(train, parts.train.argument), Part(validation, parts.train.argument)
+    if parts.test is None and args.do_predict:
+        parts.test = parts.validation
+    return parts
+
+
+def check_data(parts: LabelledData, args: ClassificationTrainingArguments, mode: str) -> None:
+    """Makes sure that every part that is needed is there.
+
+    Raises:
+        `ValueError`: naming the arguments that would bring it.
+    """
+    if args.do_train or mode == "knn":
+        if parts.train is None:
+            raise ValueError("There are no training images: give `train_dir`, or a `dataset_name` with a split train.")
+        labels.check_classes(parts.train.records, parts.train.argument)
+    if args.do_eval and parts.validation is None:
+        raise ValueError(
+            "`do_eval` is set, but there is nothing to evaluate on: give `validation_dir` or `train_dir`."
+        )
+    if args.do_predict and parts.test is None:
+        raise ValueError("`do_predict` is set, but there is nothing to predict: give `test_dir`.")
+
+
+def check_work(model_args: ModelArguments, args: ClassificationTrainingArguments) -> None:
+    """Refuses runs without anything to do, and training where nothing learns.
+
+    Raises:
+        `ValueError`: naming the arguments.
+    """
+    if not (args.do_train or args.do_eval or args.do_predict):
+        raise ValueError("Nothing to do: give `do_train`, `do_eval`, `do_predict` or some of them.")
+    if model_args.mode == "knn" and args.do_train:
+        raise ValueError(
+            "`mode` is 'knn', in which nothing learns; give `do_eval` or `do_predict` without `do_train`."
+        )
+
+
+def build_model(model_args: ModelArguments, names: list[str] | None) -> tuple:
+    """The classifier and its image processor; `names` of None keep the classes and the head of a trained classifier.
+
+    Raises:
+        `ValueError`: for checkpoints that do not fit.
+    """
+    overrides = parse_overrides(model_args.config_overrides)
+    if model_args.config_name:
+        if names is None:
+            raise ValueError("`config_name` starts from scratch, so there is no classifier yet: give `do_train` too.")
+        values = build_config(model_args.config_name, model_args.config_overrides).to_dict()
+        config = GreenMIMConfig(
+            **{**values, "drop_path_rate": model_args.drop_path_rate, **overrides, **class_names(names)}
+        )
+        attention = model_args.attn_implementation
+        model = AutoModelForImageClassification.from_config(config, attn_implementation=attention)
+        image_processor = build_image_processor(config)
+    else:
+        # A frozen encoder drops nothing.
+        drop_path_rate = model_args.drop_path_rate if model_args.mode == "finetune" else 0.0
+        # Probes replace the head.
+        ignore_mismatched_sizes = model_args.ignore_mismatched_sizes or model_args.mode != "finetune"
+        model, image_processor, has_own_head = load_classifier(
+            model_args.model_name_or_path,
+            names,
+            drop_path_rate,
+            overrides,
+            model_args.attn_implementation,
+            ignore_mismatched_sizes,
+        )
+        if names is None and not has_own_head:
+            raise ValueError(
+                f"`model_name_or_path` is {model_args.model_name_or_path!r}, which has no trained classifier: give"
+                " `do_train`, or `mode` knn."
+            )
+    if model_args.feature_stage is not None:
+        if not isinstance(model, GreenMIMForImageClassification):
+            raise ValueError(
+                f"`feature_stage` is {model_args.feature_stage}, which needs a GreenMIM model, but the model is a"
+                f" {type(model).__name__}."
+            )
+        whole, model = model, first_stages(model, model_args.feature_stage)
+        if names is None and model is not whole:
+            raise ValueError(
+                f"`feature_stage` is {model_args.feature_stage}, on which no classifier was trained: give `do_train`,"
+                " or `mode` knn."
+            )
+    return model, center_cropped(image_processor, model.config)
+
+
+def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, config, image_processor) -> dict:
+    """Sets of decoded images, after a look for a readable one in each.
+
+    Returns:
+        `train`, augmented, where training is asked for; `bank`, the training images as for evaluation; `validation`
+        and `test`. None for what there is not.
+
+    Raises:
+        `ValueError`: when there is not a single batch to train on.
+    """
+    size = image_height_and_width(config, image_processor)
+    channels = getattr(config, "num_channels", 3)
+    if channels not in (1, 3):
+        raise ValueError(f"`num_channels` is {channels}; images have 1 (grey) or 3 (RGB).")
+    for part in parts.parts():
+        check_first_readable(part.records, "image", size, channels, part.argument)
+
+    def every_image(part: Part | None) -> EveryImage | None:
+        if part is None:
+            return None
+        label_column = labels.LABEL if part.is_labelled else None
+        return EveryImage(part.records, "image", EvalTransform(size, channels), args.seed, label_column)
+
+    train = None
+    if args.do_train:
+        transform = TrainTransform(size, channels, scale=(args.min_crop_scale, 1.0))
+        train = ImageDataset(parts.train.records, "image", transform, args.seed, labels.LABEL)
+        batch = args.train_batch_size * args.world_size
+        if len(train) < batch:
+            raise ValueError(
+                f"`per_device_train_batch_size` is {args.per_device_train_batch_size}, which makes batches of {batch}"
+                f" images over all processes, but there are {len(train)} training images."
+            )
+    everything = {"bank": parts.train, "validation": parts.validation, "test": parts.test}
+    return {"train": train} | {name: every_image(part) for name, part in everything.items()}
+
+
+def describe_run(argv: list[str], data: DataArguments, images: dict) -> RunFacts:
+    """What the model card tells of the run."""
+    purposes = {"training": images["train"], "evaluation": images["validation"]}
+    counts = " and ".join(f"{len(part):,} for {purpose}" for purpose, part in purposes.items() if part is not None)
+    command = shlex.join(["python", "run_image_classification.py", *argv])
+    if data.train_dir or data.dataset_name or data.validation_dir or data.test_dir:
+        folder = data.train_dir or data.validation_dir or data.test_dir
+        name = data.dataset_name or os.path.basename(os.path.abspath(folder))
+        return RunFacts(command, f"Images of `{name}`: {counts}.")
+    page = "[ELPV](https://github.com/zae-bayern/elpv-dataset)"
+    sentence = f"{page}, electroluminescence photographs of solar cells (CC-BY-NC-SA-4.0): {counts}."
+    sentence += " A cell counts as defective when the probability of a defect is at least 0.5. The split is fixed."
+    return RunFacts(command, sentence, "cc-by-nc-sa-4.0")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs fine-tuning, a probe, evaluation or prediction."""
+    argv = sys.argv[1:] if argv is None else argv
+    kinds = (ModelArguments, DataArguments, ClassificationTrainingArguments)
+    model_args, data_args, args = parse_arguments(kinds, argv, recipe_defaults)
+    check_work(model_args, args)
+    level = logging.INFO if args.should_log else logging.ERROR
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=level)
+    transformers.utils.logging.set_verbosity(args.get_process_log_level())
+    checkpoint = find_checkpoint(args)
+    set_seed(args.seed)
+
+    parts = load_data(data_args, args)
+    check_data(parts, args, model_args.mode)
+    if parts.train is not None:
+        parts.train.records = labels.draw(
+            parts.train.records, data_args.max_train_samples, args.seed, "max_train_samples"
+        )
+    if parts.validation is not None:
+        count = data_args.max_eval_samples
+        parts.validation.records = labels.draw(parts.validation.records, count, args.seed, "max_eval_samples")
+    learns = args.do_train or model_args.mode == "knn"
+    names = labels.label_names(parts.train.records) if learns else None
+    model, image_processor = build_model(model_args, names)
+    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    parts.number_as(names, "`train_dir`" if learns else "the model")
+    images = build_datasets(parts, args, model.config, image_processor)
+
+    if model_args.mode == "linear" and args.do_train:
+        freeze_encoder(model)
+    trainer = ClassificationTrainer(
+        model,
+        args,
+        train_dataset=images["train"],
+        eval_dataset=images["validation"],
+        image_processor=image_processor,
+        metrics=load_metrics(data_args.metrics, len(names)),
+        class_weights=labels.class_weights(parts.train.records) if args.balance and args.do_train else None,
+        facts=describe_run(argv, data_args, images),
+    )
+    if model_args.mode == "knn":
+        use_neighbours(trainer, images["bank"], model_args.knn_k, model_args.knn_temperature)
+    if args.do_train:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if args.do_predict:
+        path = os.path.join(args.output_dir, "predictions.csv")
+        trainer.save_predictions(trainer.predict(images["test"]), images["test"], path)
+        logger.info(f"Predictions: {path}")
+    if args.do_train:
+        if trainer.ema is not None:
+            trainer.save_averaged_model()
+        if model_args.mode == "linear":
+            fold_head(model)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.create_model_card()
+        logger.info(f"Model, card and results: {args.output_dir}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()

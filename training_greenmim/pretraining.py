@@ -1,0 +1,92 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""`Trainer` for masked image modeling: derived masks and pictures of reconstructions."""
+
+import itertools
+import os
+
+import numpy as np
+import torch
+from transformers.integrations import TensorBoardCallback
+
+from modeling_greenmim.masking import sample_noise
+
+from .data import collate
+from .model_card import write_model_card
+from .pictures import picture_grid, reconstruct
+from .randomness import MASK, derived_torch_generator
+from .trainer import ImageTrainer
+
+
+class MIMTrainer(ImageTrainer):
+    """Trains `GreenMIMForPreTraining`; masks are derived from (seed, step, micro-batch, process)."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.last_picture: str | None = None
+        rows, columns = self.model.config.unit_grid
+        self.num_units = rows * columns
+
+    def training_noise(self, batch_size: int) -> torch.Tensor:
+        """Noise of the mask(s) of the current micro-batch of this process, `(1 or batch_size, num_units)`."""
+        generator = derived_torch_generator(self.args.seed, MASK, *self.place())
+        return sample_noise(self.num_units, batch_size if self.args.mask_per_sample else 1, generator)
+
+    def evaluation_noise(self) -> torch.Tensor:
+        """Noise of the one mask that every evaluation uses, `(1, num_units)`."""
+        return sample_noise(self.num_units, generator=derived_torch_generator(self.args.seed, MASK))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Loss of a batch of uint8 images; in training it stops at a loss that is not finite."""
+        self.report_unreadable(inputs["unreadable"])
+        pixel_values = self.normalize(inputs["pixel_values"])
+        noise = self.training_noise(len(pixel_values)) if model.training else self.evaluation_noise()
+        outputs = model(pixel_values=pixel_values, noise=noise)
+        if model.training:
+            self.check_finite(outputs.loss)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss of an evaluation batch; predictions are not kept."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluate(self, *args, **kwargs):
+        """Evaluates on the fixed mask, then draws what the model reconstructs."""
+        metrics = super().evaluate(*args, **kwargs)
+        self.last_picture = self.save_reconstructions()
+        return metrics
+
+    def save_reconstructions(self) -> str | None:
+        """Writes a picture of originals, masked inputs and reconstructions, and sends it to TensorBoard.
+
+        Returns:
+            Name of the PNG file; None where there is nothing to draw, or on other processes than the first.
+        """
+        if self.eval_dataset is None or self.args.num_pictures == 0:
+            return None
+        samples = list(itertools.islice(self.eval_dataset, self.args.num_pictures))
+        pixel_values = self.normalize(collate(samples)["pixel_values"].to(self.args.device))
+        # Every process takes part: a sharded model computes on all of them.
+        self.model_wrapped.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = self.model_wrapped(pixel_values=pixel_values, noise=self.evaluation_noise())
+        if not self.is_world_process_zero():
+            return None
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        masked, reconstruction = reconstruct(model, pixel_values, outputs.logits, outputs.mask)
+        mean, std = self.image_mean.flatten().tolist(), self.image_std.flatten().tolist()
+        picture = picture_grid([pixel_values, masked, reconstruction], mean, std)
+        path = os.path.join(self.args.output_dir, "reconstructions", f"step-{self.state.global_step:06d}.png")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        picture.save(path)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                pixels = np.asarray(picture.convert("RGB"))
+                callback.tb_writer.add_image("reconstructions", pixels, self.state.global_step, dataformats="HWC")
+        return path
+
+    def create_model_card(self, **kwargs) -> None:
+        """Writes README.md with its pictures; called by `push_to_hub` too."""
+        if self.facts is not None and self.is_world_process_zero():
+            write_model_card(self, self.facts)
