@@ -236,7 +236,8 @@ def peers_of(config: GreenMIMConfig) -> dict[str, torch.nn.Module]:
         embed_dim=config.embed_dim,
         depths=config.depths,
         num_heads=config.num_heads,
-        window_size=config.window_size,
+        # Transformers' Swin cannot shrink its window to a smaller grid.
+        window_size=min(config.window_size, *config.unit_grid),
         encoder_stride=config.encoder_stride,
         drop_path_rate=0.0,
         **common,
