@@ -14,12 +14,10 @@ of solar cells. Arguments may stand in a .yaml or .json file, named first; flags
 
 import logging
 import os
-import shlex
 import sys
 from dataclasses import dataclass, field
 
 import datasets
-import transformers
 from transformers import AutoModelForImageClassification, set_seed
 
 from modeling_greenmim import GreenMIMConfig, GreenMIMForImageClassification
@@ -37,7 +35,7 @@ from training_greenmim.data import (
 from training_greenmim.images import EvalTransform, TrainTransform
 from training_greenmim.labels import LabelledData, Part
 from training_greenmim.metrics import load_metrics
-from training_greenmim.model_card import RunFacts
+from training_greenmim.model_card import describe_run
 from training_greenmim.models import (
     MODEL_SIZES,
     build_config,
@@ -294,30 +292,13 @@ def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, c
     return {"train": train} | {name: every_image(part) for name, part in everything.items()}
 
 
-def describe_run(argv: list[str], data: DataArguments, images: dict) -> RunFacts:
-    """What the model card tells of the run."""
-    purposes = {"training": images["train"], "evaluation": images["validation"]}
-    counts = " and ".join(f"{len(part):,} for {purpose}" for purpose, part in purposes.items() if part is not None)
-    command = shlex.join(["python", "run_image_classification.py", *argv])
-    if data.train_dir or data.dataset_name or data.validation_dir or data.test_dir:
-        folder = data.train_dir or data.validation_dir or data.test_dir
-        name = data.dataset_name or os.path.basename(os.path.abspath(folder))
-        return RunFacts(command, f"Images of `{name}`: {counts}.")
-    page = "[ELPV](https://github.com/zae-bayern/elpv-dataset)"
-    sentence = f"{page}, electroluminescence photographs of solar cells (CC-BY-NC-SA-4.0): {counts}."
-    sentence += " A cell counts as defective when the probability of a defect is at least 0.5. The split is fixed."
-    return RunFacts(command, sentence, "cc-by-nc-sa-4.0")
-
-
 def main(argv: list[str] | None = None) -> None:
     """Runs fine-tuning, a probe, evaluation or prediction."""
     argv = sys.argv[1:] if argv is None else argv
     kinds = (ModelArguments, DataArguments, ClassificationTrainingArguments)
     model_args, data_args, args = parse_arguments(kinds, argv, recipe_defaults)
     check_work(model_args, args)
-    level = logging.INFO if args.should_log else logging.ERROR
-    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=level)
-    transformers.utils.logging.set_verbosity(args.get_process_log_level())
+    args.set_up_logging()
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
 
@@ -347,7 +328,14 @@ def main(argv: list[str] | None = None) -> None:
         image_processor=image_processor,
         metrics=load_metrics(data_args.metrics, len(names)),
         class_weights=labels.class_weights(parts.train.records) if args.balance and args.do_train else None,
-        facts=describe_run(argv, data_args, images),
+        facts=describe_run(
+            "run_image_classification.py",
+            argv,
+            {"training": images["train"], "evaluation": images["validation"]},
+            data_args.dataset_name,
+            data_args.train_dir or data_args.validation_dir or data_args.test_dir,
+            elpv_labels="A cell counts as defective when the probability of a defect is at least 0.5. ",
+        ),
     )
     if model_args.mode == "knn":
         use_neighbours(trainer, images["bank"], model_args.knn_k, model_args.knn_temperature)

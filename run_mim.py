@@ -10,13 +10,10 @@ Without --train_dir and --dataset_name it trains on the ELPV photographs of sola
 """
 
 import logging
-import os
-import shlex
 import sys
 from dataclasses import dataclass, field
 
 import datasets
-import transformers
 from transformers import AutoImageProcessor, AutoModelForPreTraining, set_seed
 
 from modeling_greenmim import GreenMIMForPreTraining
@@ -32,7 +29,7 @@ from training_greenmim.data import (
     undecoded,
 )
 from training_greenmim.images import EvalTransform, TrainTransform
-from training_greenmim.model_card import RunFacts
+from training_greenmim.model_card import describe_run
 from training_greenmim.models import MODEL_SIZES, build_config, build_image_processor
 from training_greenmim.pretraining import MIMTrainer
 
@@ -169,21 +166,6 @@ def build_datasets(data: DataArguments, args: MIMTrainingArguments, config) -> t
     return train_dataset, eval_dataset
 
 
-def describe_run(argv: list[str], data: DataArguments, datasets_by_purpose: dict) -> RunFacts:
-    """What the model card tells of the run."""
-    counts = [
-        f"{len(part):,} for {name}" for name, part in datasets_by_purpose.items() if isinstance(part, ImageDataset)
-    ]
-    counts = " and ".join(counts) or "as a stream"
-    command = shlex.join(["python", "run_mim.py", *argv])
-    if data.train_dir or data.dataset_name:
-        name = data.dataset_name or os.path.basename(os.path.abspath(data.train_dir))
-        return RunFacts(command, f"Images of `{name}`: {counts}.")
-    elpv_page = "[ELPV](https://github.com/zae-bayern/elpv-dataset)"
-    sentence = f"{elpv_page}, electroluminescence photographs of solar cells (CC-BY-NC-SA-4.0): {counts}."
-    return RunFacts(command, f"{sentence} The split is fixed.", "cc-by-nc-sa-4.0")
-
-
 def build_model(model_args: ModelArguments) -> tuple:
     """The model, new or from a checkpoint, and its image processor."""
     attention = model_args.attn_implementation
@@ -202,9 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, MIMTrainingArguments), argv)
     if not (args.do_train or args.do_eval):
         raise ValueError("Nothing to do: give `do_train`, `do_eval` or both.")
-    level = logging.INFO if args.should_log else logging.ERROR
-    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=level)
-    transformers.utils.logging.set_verbosity(args.get_process_log_level())
+    args.set_up_logging()
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
     model, image_processor = build_model(model_args)
@@ -215,7 +195,13 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         image_processor=image_processor,
-        facts=describe_run(argv, data_args, {"training": train_dataset, "evaluation": eval_dataset}),
+        facts=describe_run(
+            "run_mim.py",
+            argv,
+            {"training": train_dataset, "evaluation": eval_dataset},
+            data_args.dataset_name,
+            data_args.train_dir,
+        ),
     )
 
     if args.do_train:

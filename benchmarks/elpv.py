@@ -52,6 +52,14 @@ TRAINING = ["--do_train", "--learning_rate", "1e-3", "--layer_decay", "1", "--dr
 METRICS = {"eval_balanced_accuracy": "balanced accuracy", "eval_roc_auc": "ROC AUC"}
 BATCH_SIZE = 64
 SIMMIM_MASK_RATIO = 0.6
+# Patches of 16 px: MAE's.
+VIT = {
+    "patch_size": 16,
+    "hidden_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "intermediate_size": 768,
+}
 
 
 def classify(folder: Path, *flags) -> dict:
@@ -249,16 +257,6 @@ def peers_of(config: GreenMIMConfig) -> dict[str, torch.nn.Module]:
         "SimMIM (SwinForMaskedImageModeling)": SwinForMaskedImageModeling(swin),
         "MAE (ViTMAEForPreTraining)": ViTMAEForPreTraining(vit),
     }
-
-
-# Patches of 16 px: MAE's.
-VIT = {
-    "patch_size": 16,
-    "hidden_size": 192,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 6,
-    "intermediate_size": 768,
-}
 
 
 def seconds_per_step(models: dict[str, torch.nn.Module], batch_size: int, rounds: int = 15) -> dict[str, float]:

@@ -2,6 +2,7 @@
 """Arguments of the scripts: Transformers' own, with the defaults of GreenMIM's recipes, and how they are read."""
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+import transformers
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -77,6 +79,12 @@ class ImageTrainingArguments(TrainingArguments):
             if self.base_learning_rate is None:
                 self.base_learning_rate = self.default_base_learning_rate
             self.learning_rate = self.scaled(self.base_learning_rate)
+
+    def set_up_logging(self) -> None:
+        """Makes the first process log what a run does, and the others errors only."""
+        level = logging.INFO if self.should_log else logging.ERROR
+        logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=level)
+        transformers.utils.logging.set_verbosity(self.get_process_log_level())
 
     def scaled(self, learning_rate: float) -> float:
         """A learning rate that is for `base_batch_size` images -> the one for the total batch."""

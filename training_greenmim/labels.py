@@ -86,7 +86,10 @@ def with_class_labels(records: datasets.Dataset, column: str, argument: str) -> 
         return records
     names = [str(value) for value in sorted(set(values))]
     number_of = {name: number for number, name in enumerate(names)}
-    numbers = [number_of[str(value)] for value in values]
+    return _numbered(records, [number_of[str(value)] for value in values], names)
+
+
+def _numbered(records: datasets.Dataset, numbers: list[int], names: list[str]) -> datasets.Dataset:
     return records.remove_columns([LABEL]).add_column(LABEL, numbers).cast_column(LABEL, ClassLabel(names=names))
 
 
@@ -134,8 +137,7 @@ def with_names(records: datasets.Dataset, names: list[str], argument: str, sourc
         logger.warning(f"`{argument}` has no image of {len(absent)} of {len(names)} classes, such as {absent[0]!r}.")
     if own == names:
         return records
-    numbers = [names.index(own[number]) for number in records[LABEL][:]]
-    return records.remove_columns([LABEL]).add_column(LABEL, numbers).cast_column(LABEL, ClassLabel(names=names))
+    return _numbered(records, [names.index(own[number]) for number in records[LABEL][:]], names)
 
 
 def split(records: datasets.Dataset, share: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:

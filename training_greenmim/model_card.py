@@ -2,7 +2,9 @@
 """The README.md of a trained model: data, recipe, results, pictures and the command."""
 
 import os
+import shlex
 import shutil
+from collections.abc import Sized
 from dataclasses import dataclass
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -163,6 +165,32 @@ class RunFacts:
     command: str
     data: str
     license_name: str | None = None
+
+
+def describe_run(
+    script: str,
+    argv: list[str],
+    images: dict[str, object],
+    dataset_name: str | None,
+    folder: str | None,
+    elpv_labels: str = "",
+) -> RunFacts:
+    """What the model card tells of a run of a script.
+
+    Args:
+        images: the data set of each purpose, if there is one; streams have no length.
+        dataset_name, folder: where the images come from; without either they are the ELPV photographs.
+        elpv_labels: a sentence on the labels of the ELPV photographs, if they are used.
+    """
+    counts = [f"{len(part):,} for {purpose}" for purpose, part in images.items() if isinstance(part, Sized)]
+    counts = " and ".join(counts) or "as a stream"
+    command = shlex.join(["python", script, *argv])
+    if dataset_name or folder:
+        name = dataset_name or os.path.basename(os.path.abspath(folder))
+        return RunFacts(command, f"Images of `{name}`: {counts}.")
+    page = "[ELPV](https://github.com/zae-bayern/elpv-dataset)"
+    sentence = f"{page}, electroluminescence photographs of solar cells (CC-BY-NC-SA-4.0): {counts}."
+    return RunFacts(command, f"{sentence} {elpv_labels}The split is fixed.", "cc-by-nc-sa-4.0")
 
 
 def write_model_card(trainer, facts: RunFacts) -> None:
