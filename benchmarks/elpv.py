@@ -124,10 +124,10 @@ def quick_start(args) -> tuple[int, int]:
     return state["global_step"], torch.load(args.pretrained / "training_args.bin", weights_only=False).seed
 
 
-def fine_tuned(args, start: Path) -> dict[str, Callable[[int], dict]]:
-    """Runs of fine-tuning a checkpoint with all labels; those of `make pretrain`'s are shared with `methods`."""
+def fine_tuned(args, start: Path, kinds: tuple[str, ...] = ("all labels",)) -> dict[str, Callable[[int], dict]]:
+    """Runs of fine-tuning a checkpoint; all studies share those of the checkpoint of `make pretrain`."""
     name = "finetuned" if start == args.pretrained else f"finetuned-{start.name}"
-    return runs_of(args.output_dir, name, training_from("--model_name_or_path", start), ("all labels",))
+    return runs_of(args.output_dir, name, training_from("--model_name_or_path", start), kinds)
 
 
 def methods(args) -> tuple[str, str]:
@@ -144,7 +144,7 @@ def methods(args) -> tuple[str, str]:
 
     rows = {
         "from scratch": runs_of(root, "scratch", training_from("--config_name", start)),
-        "pre-trained, fine-tuned": runs_of(root, "finetuned", training_from("--model_name_or_path", start)),
+        "pre-trained, fine-tuned": fine_tuned(args, start, tuple(LABELS)),
         "pre-trained, linear probe": runs_of(root, "linear", linear),
         "pre-trained, k-NN": runs_of(root, "knn", neighbours),
     }

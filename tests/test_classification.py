@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from modeling_greenmim import GreenMIMForImageClassification
-from tests.training_helpers import coloured_image, encoded, messages, tiny_config
+from tests.training_helpers import SHORT_RUN, coloured_image, encoded, messages, tiny_config
 from training_greenmim.arguments import ClassificationTrainingArguments
 from training_greenmim.classification import ClassificationTrainer
 from training_greenmim.data import EveryImage, ImageDataset
@@ -47,23 +47,11 @@ def make_trainer(
     model = GreenMIMForImageClassification(config)
     if linear:
         freeze_encoder(model)
-    values = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "dataloader_num_workers": 0,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "max_steps": 4,
-        "learning_rate": 0.01,
-        "warmup_steps": 0,
-    }
+    values = {**SHORT_RUN, "learning_rate": 0.01, "warmup_steps": 0, **changes}
     transform = EvalTransform((32, 32), 3) if plain else TrainTransform((32, 32), 3)
     return ClassificationTrainer(
         model,
-        ClassificationTrainingArguments(output_dir=str(output_dir), **{**values, **changes}),
+        ClassificationTrainingArguments(output_dir=str(output_dir), **values),
         metrics=load_metrics(["accuracy"], 3),
         class_weights=class_weights,
         train_dataset=ImageDataset(records(count), "image", transform, 0, "label"),

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from modeling_greenmim import GreenMIMForPreTraining
 from modeling_greenmim.decoder import normalize_units
-from tests.training_helpers import encoded, messages, noise_image, tiny_config
+from tests.training_helpers import SHORT_RUN, encoded, messages, noise_image, tiny_config
 from training_greenmim.arguments import MIMTrainingArguments, default_num_workers
 from training_greenmim.checkpoints import last_checkpoint
 from training_greenmim.data import ImageDataset
@@ -36,18 +36,7 @@ def image_dataset(count: int, transform, first_seed: int = 0, seed: int = 0) -> 
 
 
 def arguments(output_dir: Path, **changes) -> MIMTrainingArguments:
-    values = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "dataloader_num_workers": 0,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "max_steps": 4,
-    }
-    return MIMTrainingArguments(output_dir=str(output_dir), **{**values, **changes})
+    return MIMTrainingArguments(output_dir=str(output_dir), **{**SHORT_RUN, **changes})
 
 
 def make_trainer(output_dir: Path, count: int = 16, config=None, transforms=None, **changes) -> MIMTrainer:

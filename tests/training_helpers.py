@@ -29,6 +29,19 @@ OVERRIDES = (
     "decoder_num_attention_heads=2,decoder_intermediate_size=32"
 )
 
+# Training arguments of a few quiet steps on the CPU.
+SHORT_RUN = {
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 4,
+    "dataloader_num_workers": 0,
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "max_steps": 4,
+}
+
 
 def tiny_config(**changes) -> GreenMIMConfig:
     """Configuration of 32x32 px and 16 units of 8x8 px, the one that `OVERRIDES` give."""
