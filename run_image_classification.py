@@ -21,6 +21,7 @@ import datasets
 from transformers import AutoModelForImageClassification, set_seed
 
 from modeling_greenmim import GreenMIMConfig, GreenMIMForImageClassification
+from modeling_greenmim.image_processing_greenmim import build_image_processor
 from training_greenmim import labels
 from training_greenmim.arguments import ClassificationTrainingArguments, parse_arguments
 from training_greenmim.checkpoints import find_checkpoint
@@ -39,7 +40,6 @@ from training_greenmim.model_card import describe_run
 from training_greenmim.models import (
     MODEL_SIZES,
     build_config,
-    build_image_processor,
     center_cropped,
     class_names,
     image_height_and_width,
@@ -252,7 +252,7 @@ def build_model(model_args: ModelArguments, names: list[str] | None) -> tuple:
                 f"`feature_stage` is {model_args.feature_stage}, on which no classifier was trained: give `do_train`,"
                 " or `mode` knn."
             )
-    return model, center_cropped(image_processor, model.config)
+    return model, image_processor
 
 
 def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, config, image_processor) -> dict:
@@ -276,7 +276,7 @@ def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, c
         if part is None:
             return None
         label_column = labels.LABEL if part.is_labelled else None
-        return EveryImage(part.records, "image", EvalTransform(size, channels), args.seed, label_column)
+        return EveryImage(part.records, "image", EvalTransform(size, channels, args.crop_pct), args.seed, label_column)
 
     train = None
     if args.do_train:
@@ -314,6 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     learns = args.do_train or model_args.mode == "knn"
     names = labels.label_names(parts.train.records) if learns else None
     model, image_processor = build_model(model_args, names)
+    image_processor = center_cropped(image_processor, model.config, args.crop_pct)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     parts.number_as(names, "`train_dir`" if learns else "the model")
     images = build_datasets(parts, args, model.config, image_processor)

@@ -17,6 +17,7 @@ import datasets
 from transformers import AutoImageProcessor, AutoModelForPreTraining, set_seed
 
 from modeling_greenmim import GreenMIMForPreTraining
+from modeling_greenmim.image_processing_greenmim import build_image_processor
 from training_greenmim.arguments import MIMTrainingArguments, parse_arguments
 from training_greenmim.checkpoints import find_checkpoint
 from training_greenmim.data import (
@@ -30,7 +31,7 @@ from training_greenmim.data import (
 )
 from training_greenmim.images import EvalTransform, TrainTransform
 from training_greenmim.model_card import describe_run
-from training_greenmim.models import MODEL_SIZES, build_config, build_image_processor
+from training_greenmim.models import MODEL_SIZES, build_config
 from training_greenmim.pretraining import MIMTrainer
 
 

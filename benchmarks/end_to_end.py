@@ -16,10 +16,11 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from modeling_greenmim import GreenMIMForPreTraining
+from modeling_greenmim.image_processing_greenmim import build_image_processor
 from training_greenmim.arguments import MIMTrainingArguments
 from training_greenmim.data import ImageDataset, elpv
 from training_greenmim.images import TrainTransform
-from training_greenmim.models import build_config, build_image_processor
+from training_greenmim.models import build_config
 from training_greenmim.pretraining import MIMTrainer
 
 

@@ -11,7 +11,7 @@ from transformers import (
     AutoModelForPreTraining,
 )
 
-from .configuration_greenmim import GreenMIMConfig
+from .configuration_greenmim import AUTO_MAP, GreenMIMConfig
 from .image_processing_greenmim import GreenMIMImageProcessorPil
 from .modeling_greenmim import (
     GreenMIMBackbone,
@@ -29,6 +29,15 @@ AutoModelForMaskedImageModeling.register(GreenMIMConfig, GreenMIMForPreTraining)
 AutoModelForImageClassification.register(GreenMIMConfig, GreenMIMForImageClassification)
 AutoBackbone.register(GreenMIMConfig, GreenMIMBackbone)
 AutoImageProcessor.register(GreenMIMConfig, image_processor_classes={"pil": GreenMIMImageProcessorPil})
+
+# Saving a model writes the files of this package beside it: others load it with trust_remote_code=True. The
+# configuration names the class of every Auto class (`AUTO_MAP`); what is registered here makes saving copy the files.
+GreenMIMConfig.register_for_auto_class()
+for model_class in (GreenMIMModel, GreenMIMForPreTraining, GreenMIMForImageClassification, GreenMIMBackbone):
+    model_class.register_for_auto_class(
+        next(name for name, path in AUTO_MAP.items() if path.endswith(f".{model_class.__name__}"))
+    )
+GreenMIMImageProcessorPil.register_for_auto_class()
 
 __all__ = [
     "GreenMIMBackbone",

@@ -7,6 +7,18 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 
+# Which class of the files beside a published model an Auto class makes, for those who have not installed the project.
+AUTO_MAP = {
+    "AutoConfig": "configuration_greenmim.GreenMIMConfig",
+    "AutoModel": "modeling_greenmim.GreenMIMModel",
+    "AutoModelForPreTraining": "modeling_greenmim.GreenMIMForPreTraining",
+    "AutoModelForMaskedImageModeling": "modeling_greenmim.GreenMIMForPreTraining",
+    "AutoModelForImageClassification": "modeling_greenmim.GreenMIMForImageClassification",
+    "AutoBackbone": "modeling_greenmim.GreenMIMBackbone",
+    "AutoImageProcessor": "image_processing_greenmim.GreenMIMImageProcessorPil",
+}
+
+
 def count_visible_units(num_units: int, mask_ratio: float) -> int:
     """Number of units that stay visible, `int(num_units * (1 - mask_ratio) + 1e-6)` (the epsilon absorbs rounding)."""
     return int(num_units * (1 - mask_ratio) + 1e-6)
@@ -111,7 +123,7 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
-        super().__post_init__(**kwargs)
+        super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
 
     @property
     def stage_names(self) -> list[str]:

@@ -3,6 +3,9 @@
 
 from PIL import Image
 from transformers import ViTImageProcessorPil
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from .configuration_greenmim import GreenMIMConfig
 
 
 class GreenMIMImageProcessorPil(ViTImageProcessorPil):
@@ -17,5 +20,24 @@ class GreenMIMImageProcessorPil(ViTImageProcessorPil):
             image = image.convert("L" if len(self.image_mean) == 1 else "RGB")
         return super().process_image(image, *args, **kwargs)
 
+    def to_dict(self) -> dict:
+        """Values to save, without the name of this class: `auto_map` of the model's configuration has it.
 
-__all__ = ["GreenMIMImageProcessorPil"]
+        Were it here, pipelines would look for a processor of videos by it, and ask whether to trust its code.
+        """
+        values = super().to_dict()
+        return {name: value for name, value in values.items() if name not in ("image_processor_type", "auto_map")}
+
+
+def build_image_processor(config: GreenMIMConfig) -> GreenMIMImageProcessorPil:
+    """Image processor with GreenMIM's normalisation, bicubic resizing and the model's image size."""
+    height, width = config.image_height_and_width
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if config.num_channels == 1:
+        mean, std = [sum(mean) / 3], [sum(std) / 3]
+    return GreenMIMImageProcessorPil(
+        size={"height": height, "width": width}, resample=3, image_mean=list(mean), image_std=list(std)
+    )
+
+
+__all__ = ["GreenMIMImageProcessorPil", "build_image_processor"]

@@ -15,13 +15,13 @@ from PIL import Image
 from torch import nn
 
 from modeling_greenmim import GreenMIMForImageClassification
+from modeling_greenmim.image_processing_greenmim import build_image_processor
 from tests.training_helpers import SHORT_RUN, coloured_image, encoded, messages, tiny_config
 from training_greenmim.arguments import ClassificationTrainingArguments
 from training_greenmim.classification import ClassificationTrainer
 from training_greenmim.data import EveryImage, ImageDataset
 from training_greenmim.images import EvalTransform, TrainTransform
 from training_greenmim.metrics import load_metrics
-from training_greenmim.models import build_image_processor
 from training_greenmim.optimization import layer_of_parameter
 from training_greenmim.probes import freeze_encoder
 from training_greenmim.trainer import NonFiniteLossError

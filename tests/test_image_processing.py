@@ -6,8 +6,8 @@ import torch
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 
 from modeling_greenmim import GreenMIMImageProcessorPil
+from modeling_greenmim.image_processing_greenmim import build_image_processor
 from tests.training_helpers import noise_image, tiny_config
-from training_greenmim.models import build_image_processor
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])

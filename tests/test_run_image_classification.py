@@ -271,6 +271,18 @@ def test_images_without_labels_are_predicted(finetuned, folders, tmp_path):
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
+def test_whole_images_are_evaluated_on_request(finetuned, folders, tmp_path):
+    given = ("--model_name_or_path", finetuned, "--test_dir", folders / "unlabelled", "--do_predict")
+    lines = predictions_of(classify(tmp_path / "out", *given, "--crop_pct", 1))[1:]
+    model = AutoModelForImageClassification.from_pretrained(finetuned).eval()
+    images = torch.stack([EvalTransform((32, 32), 3, share=1.0)(line["image"]) for line in lines])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        expected = model((images / 255 - mean) / std).logits.softmax(dim=1)
+    found = [[float(line[name]) for name in NAMES] for line in lines]
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
 # Probes
 
 

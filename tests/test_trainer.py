@@ -17,12 +17,12 @@ from transformers import TrainerCallback
 
 from modeling_greenmim import GreenMIMForPreTraining
 from modeling_greenmim.decoder import normalize_units
+from modeling_greenmim.image_processing_greenmim import build_image_processor
 from tests.training_helpers import SHORT_RUN, encoded, messages, noise_image, tiny_config
 from training_greenmim.arguments import MIMTrainingArguments, default_num_workers
 from training_greenmim.checkpoints import last_checkpoint
 from training_greenmim.data import ImageDataset
 from training_greenmim.images import EvalTransform, TrainTransform
-from training_greenmim.models import build_image_processor
 from training_greenmim.optimization import no_decay_parameters
 from training_greenmim.pictures import GAP, loss_curve, picture_grid, reconstruct
 from training_greenmim.pretraining import MIMTrainer

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import run_image_classification
 import run_mim
 from modeling_greenmim import GreenMIMConfig, GreenMIMForPreTraining
-from training_greenmim.models import build_image_processor
+from modeling_greenmim.image_processing_greenmim import build_image_processor
 
 
 ROOT = Path(__file__).parent.parent

@@ -137,6 +137,9 @@ class ClassificationTrainingArguments(ImageTrainingArguments):
     max_grad_norm: float = field(default=5.0, metadata={"help": "Maximum gradient norm; 0 = no clipping."})
     lars: bool = field(default=False, metadata={"help": "LARS instead of AdamW: for linear probes in large batches."})
     min_crop_scale: float = field(default=0.08, metadata={"help": "Smallest share of an image's area to crop."})
+    crop_pct: float = field(
+        default=224 / 256, metadata={"help": "Share of the shorter side that evaluation's centre crop keeps."}
+    )
     rand_augment: str | None = field(
         default=None, metadata={"help": 'RandAugment in timm\'s words: "m9-n2-mstd0.5-inc1".'}
     )
@@ -175,7 +178,7 @@ class ClassificationTrainingArguments(ImageTrainingArguments):
                 raise ValueError(
                     f"`{name}` is {value}; it must be {'in [0, 1]' if name in at_most_1 else '0 or more'}."
                 )
-        for name in ("layer_decay", "min_crop_scale"):
+        for name in ("layer_decay", "min_crop_scale", "crop_pct"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be in (0, 1].")
         if self.repeated_augmentation < 1:

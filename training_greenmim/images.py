@@ -151,17 +151,16 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Centre crop: 224/256 of the smaller side, as after the usual resizing.
+    """Centre crop of a share of the smaller side: 224/256, as after the usual resizing, unless told otherwise.
 
     Args:
         size: height and width of the result in pixels.
         channels: 1 or 3.
+        share: of the smaller side; timm's `crop_pct`.
     """
 
-    share = 224 / 256
-
-    def __init__(self, size: tuple[int, int], channels: int):
-        self.size, self.channels = size, channels
+    def __init__(self, size: tuple[int, int], channels: int, share: float = 224 / 256):
+        self.size, self.channels, self.share = size, channels, share
         self.shape = (channels, *size)
 
     def __call__(self, source, generator=None) -> torch.Tensor:

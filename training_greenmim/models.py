@@ -11,13 +11,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 from transformers.utils import logging
 
-from modeling_greenmim import GreenMIMConfig, GreenMIMImageProcessorPil
+from modeling_greenmim import GreenMIMConfig
 
-from .images import EvalTransform
 from .probes import linear_head
 
 
@@ -79,18 +77,7 @@ def build_config(name: str, overrides: str | None = None) -> GreenMIMConfig:
     return GreenMIMConfig(**{**values, **overrides})
 
 
-def build_image_processor(config: GreenMIMConfig) -> GreenMIMImageProcessorPil:
-    """Image processor with GreenMIM's normalisation, bicubic resizing and the model's image size."""
-    height, width = config.image_height_and_width
-    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    if config.num_channels == 1:
-        mean, std = [sum(mean) / 3], [sum(std) / 3]
-    return GreenMIMImageProcessorPil(
-        size={"height": height, "width": width}, resample=3, image_mean=list(mean), image_std=list(std)
-    )
-
-
-def center_cropped(image_processor, config: PreTrainedConfig):
+def center_cropped(image_processor, config: PreTrainedConfig, share: float):
     """The processor with evaluation's resizing and centre crop, so that pipelines see what was evaluated.
 
     Processors resize the shorter side and crop squares; images of other sizes are resized without a crop.
@@ -99,7 +86,7 @@ def center_cropped(image_processor, config: PreTrainedConfig):
     if height != width:
         image_processor.size, image_processor.do_center_crop = {"height": height, "width": width}, False
     else:
-        image_processor.size = {"shortest_edge": math.floor(height / EvalTransform.share)}
+        image_processor.size = {"shortest_edge": math.floor(height / share)}
         image_processor.crop_size = {"height": height, "width": width}
         image_processor.do_center_crop = True
     return image_processor
