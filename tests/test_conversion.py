@@ -1,0 +1,468 @@
+"""Checkpoints in and out: every format by way of files that the tests write themselves, and live against Swin."""
+
+import argparse
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+    SwinConfig,
+    SwinForImageClassification,
+    SwinForMaskedImageModeling,
+    SwinModel,
+)
+
+from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, GreenMIMModel
+from modeling_greenmim.conversion import (
+    Checkpoint,
+    CheckpointError,
+    convert,
+    export_model,
+    import_checkpoint,
+    main,
+    read_checkpoint,
+)
+from tests.golden import FIXTURES, load_golden, normalized
+from tests.oracle import random_images, randomize, tiny_config
+
+
+COLUMN, ROW = "green_mim_swin_base_patch4_dec512b1", "green_mim_swin_base_patch4_dec5121b1"
+TINY = {"embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window": 4, "grid": 8, "decoder": 16}
+HEADS = {"decoder_num_attention_heads": 2}
+
+
+def encoder_shapes(embed_dim, depths, num_heads, window, grid, patch=4, channels=3, **_) -> dict[str, tuple]:
+    """Names and shapes of Microsoft's Swin, buffers included."""
+    shapes = {"patch_embed.proj.weight": (embed_dim, channels, patch, patch)}
+    shapes |= {f"patch_embed.{name}": (embed_dim,) for name in ("proj.bias", "norm.weight", "norm.bias")}
+    for stage, depth in enumerate(depths):
+        width, side = embed_dim * 2**stage, min(window, grid // 2**stage)
+        for block in range(depth):
+            own = block_shapes(width)
+            own["attn.relative_position_bias_table"] = ((2 * side - 1) ** 2, num_heads[stage])
+            own["attn.relative_position_index"] = (side**2, side**2)
+            shapes |= {f"layers.{stage}.blocks.{block}.{name}": shape for name, shape in own.items()}
+        if stage + 1 < len(depths):
+            for name, shape in (("norm.weight", ()), ("norm.bias", ()), ("reduction.weight", (2 * width,))):
+                shapes[f"layers.{stage}.downsample.{name}"] = (*shape, 4 * width)
+    return shapes | {"norm.weight": (width,), "norm.bias": (width,)}
+
+
+def block_shapes(width: int) -> dict[str, tuple]:
+    layers = {"attn.qkv": (3, 1), "attn.proj": (1, 1), "mlp.fc1": (4, 1), "mlp.fc2": (1, 4)}
+    shapes = {f"{name}.{kind}": (width,) for name in ("norm1", "norm2") for kind in ("weight", "bias")}
+    for name, (rows, columns) in layers.items():
+        shapes |= {f"{name}.weight": (rows * width, columns * width), f"{name}.bias": (rows * width,)}
+    return shapes
+
+
+def official_shapes(decoder, **encoder) -> dict[str, tuple]:
+    """Names and shapes of an official pre-training file."""
+    stages, channels, patch = len(encoder["depths"]), encoder.get("channels", 3), encoder.get("patch", 4)
+    unit, width = patch * 2 ** (stages - 1), encoder["embed_dim"] * 2 ** (stages - 1)
+    units = (encoder["grid"] * patch // unit) ** 2
+    shapes = {f"encoder.{name}": shape for name, shape in encoder_shapes(**encoder).items()}
+    shapes |= {"mask_token": (1, 1, decoder), "decoder_pos_embed": (1, units, decoder)}
+    shapes |= {"decoder_embed.weight": (decoder, width), "decoder_embed.bias": (decoder,)}
+    shapes |= {f"decoder_blocks.0.{name}": shape for name, shape in block_shapes(decoder).items()}
+    shapes |= {"decoder_norm.weight": (decoder,), "decoder_norm.bias": (decoder,)}
+    return shapes | {"decoder_pred.weight": (unit**2 * channels, decoder), "decoder_pred.bias": (unit**2 * channels,)}
+
+
+def random_weights(shapes: dict[str, tuple], seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.zeros(shape, dtype=torch.long)
+        if name.endswith("position_index")
+        else 0.3 * torch.randn(shape, generator=generator) + float("norm" in name and "weight" in name)
+        for name, shape in shapes.items()
+    }
+
+
+def write_official(path, weights, model: str = COLUMN, **changes):
+    content = {"model": weights, "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []}}
+    content |= {"epoch": 199, "scaler": {"scale": 65536.0}, "args": argparse.Namespace(model=model, mask_ratio=0.75)}
+    torch.save({**content, **changes}, path)
+    return path
+
+
+@pytest.fixture
+def official(tmp_path):
+    return write_official(tmp_path / "official.pth", random_weights(official_shapes(**TINY)))
+
+
+# In
+
+
+@pytest.mark.parametrize(
+    ("changes", "millions", "encoder_millions"),
+    [
+        ({}, 92.02, 86.74),
+        ({"window": 14}, 92.20, 86.92),
+        ({"window": 14, "embed_dim": 192, "num_heads": [6, 12, 24, 48]}, 200.80, 195.26),
+    ],
+)
+def test_released_models_have_their_published_sizes(changes, millions, encoder_millions):
+    base = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window": 7, "grid": 56}
+    shapes = official_shapes(**{**base, **changes}, decoder=512)
+    del shapes["decoder_pos_embed"]
+    with torch.device("meta"):
+        weights = {
+            name.removeprefix("encoder."): torch.empty(shape)
+            for name, shape in shapes.items()
+            if not name.endswith("position_index")
+        }
+    model = convert(Checkpoint("official", weights, COLUMN))
+    # The published number counts the fixed positions of the decoder.
+    assert round((sum(p.numel() for p in model.parameters()) + 49 * 512) / 1e6, 2) == millions
+    assert round(sum(p.numel() for p in model.greenmim.parameters()) / 1e6, 2) == encoder_millions
+    config, window = model.config, changes.get("window", 7)
+    assert config.window_size == window and config.depths == [2, 2, 18, 2] and config.image_size == 224
+    assert config.num_heads == changes.get("num_heads", [4, 8, 16, 32]) and config.layer_norm_eps == 1e-6
+    assert (config.decoder_hidden_size, config.decoder_num_attention_heads) == (512, 16)
+
+
+@pytest.mark.parametrize("name", ["swin_window7_column", "swin_window14_column"])
+def test_official_file_computes_what_the_published_code_does(name, tmp_path):
+    with safe_open(FIXTURES / f"{name}.safetensors", "pt") as file:
+        names = [key for key in file.keys() if key.startswith("state_dict.")]
+        weights = {key.removeprefix("state_dict."): file.get_tensor(key) for key in names}
+    config, _, golden = load_golden(name)
+    path = write_official(tmp_path / "official.pth", weights)
+    heads = config.decoder_num_attention_heads
+    import_checkpoint(path, tmp_path / "model", decoder_num_attention_heads=heads)
+    model = AutoModelForPreTraining.from_pretrained(tmp_path / "model")
+    assert isinstance(model, GreenMIMForPreTraining)
+    mask = torch.ones(1, 49, dtype=torch.bool)
+    mask[0, golden["visible_units"]] = False
+    outputs = model(normalized(golden["images_uint8"]), bool_masked_pos=mask)
+    assert outputs.loss.item() == pytest.approx(golden["loss_norm_pix"].item(), rel=1e-5)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
+    assert list(processor.image_mean) == [0.485, 0.456, 0.406] and dict(processor.size) == {
+        "height": 224,
+        "width": 224,
+    }
+
+
+def test_dense_golden_is_imported(tmp_path):
+    with safe_open(FIXTURES / "dense_swin_window14.safetensors", "pt") as file:
+        names = [key for key in file.keys() if key.startswith("state_dict.")]
+        torch.save({"model": {key.removeprefix("state_dict."): file.get_tensor(key) for key in names}}, tmp_path / "f")
+    config, _, golden = load_golden("dense_swin_window14")
+    model = convert(read_checkpoint(tmp_path / "f"), layer_norm_eps=config.layer_norm_eps)
+    assert isinstance(model, GreenMIMModel) and model.config.window_size == 14
+    with torch.no_grad():
+        features = model(normalized(golden["images_uint8"])).last_hidden_state
+    assert (features - golden["features"]).abs().max() < 1e-5 * golden["features"].abs().max()
+
+
+def merged(tokens: torch.Tensor, weights: dict, order: list[tuple[int, int]]) -> torch.Tensor:
+    """Merging of `(height, width, channels)` tokens, in words: joins (row, column) in an order, norm, reduction."""
+    joined = torch.cat([tokens[row::2, column::2] for row, column in order], dim=-1)
+    scale, shift = weights["downsample.norm.weight"], weights["downsample.norm.bias"]
+    return nn.functional.layer_norm(joined, scale.shape, scale, shift, 1e-6) @ weights["downsample.reduction.weight"].T
+
+
+@pytest.mark.parametrize(
+    ("model_name", "order"), [(ROW, [(0, 0), (0, 1), (1, 0), (1, 1)]), (COLUMN, [(0, 0), (1, 0), (0, 1), (1, 1)])]
+)
+def test_merging_computes_what_it_was_trained_to(model_name, order, tmp_path):
+    weights = random_weights(official_shapes(**TINY))
+    path = write_official(tmp_path / "official.pth", weights, model=model_name)
+    model = convert(read_checkpoint(path), **HEADS).greenmim
+    assert model.config.image_size == 32, "the positions of the decoder tell"
+    tokens = torch.randn(8, 8, 8)
+    merging = {name[len("encoder.layers.0.") :]: t for name, t in weights.items() if ".downsample." in name}
+    expected = merged(tokens, merging, order)
+    # Ours joins runs of four tokens, (row, column) = (0,0), (1,0), (0,1), (1,1).
+    nested = tokens.view(4, 2, 4, 2, 8).permute(0, 2, 3, 1, 4).reshape(1, 64, 8)
+    found = model.encoder.layers[0].downsample(nested).view(4, 4, 16)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_merging_order_must_be_known(tmp_path):
+    weights = random_weights(official_shapes(**TINY))
+    for changes in ({"args": None}, {"args": argparse.Namespace(model="green_mim_swin_large")}):
+        path = write_official(tmp_path / "official.pth", weights, **changes)
+        with pytest.raises(CheckpointError, match="--patch_merging_order"):
+            convert(read_checkpoint(path), **HEADS)
+        by_row = convert(read_checkpoint(path), "row", **HEADS)
+        by_column = convert(read_checkpoint(path), "column", **HEADS)
+        assert not torch.equal(*(m.greenmim.encoder.layers[0].downsample.norm.bias for m in (by_row, by_column)))
+
+
+def test_simmim_microsoft_and_parallel_files_are_one(tmp_path):
+    weights = random_weights(encoder_shapes(**TINY))
+    weights["layers.0.blocks.1.attn_mask"] = torch.zeros(4, 16, 16)  # 4 windows of 16 tokens: 8x8 tokens, 32 px
+    simmim = {f"encoder.{name}": tensor for name, tensor in weights.items()}
+    simmim |= {"encoder.mask_token": torch.zeros(1, 1, 8), "decoder.0.weight": torch.zeros(192, 16, 1, 1)}
+    simmim["decoder.0.bias"] = torch.zeros(192)
+    files = {"microsoft": weights, "simmim": simmim, "parallel": {f"module.{k}": v for k, v in weights.items()}}
+    images, features = random_images(1, 32, 32).float(), []
+    for name, content in files.items():
+        torch.save({"model": content}, tmp_path / name)
+        model = convert(read_checkpoint(tmp_path / name))
+        assert isinstance(model, GreenMIMModel) and model.config.image_size == 32
+        assert model.config.layer_norm_eps == 1e-5
+        features.append(model(images).last_hidden_state)
+    assert torch.equal(features[0], features[1]) and torch.equal(features[0], features[2])
+
+
+def test_a_classifier_keeps_its_head(tmp_path):
+    weights = random_weights({**encoder_shapes(**TINY), "head.weight": (5, 16), "head.bias": (5,)})
+    torch.save(weights, tmp_path / "swin.pth")
+    import_checkpoint(tmp_path / "swin.pth", tmp_path / "model", image_size=32)
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    assert isinstance(model, GreenMIMForImageClassification) and model.config.num_labels == 5
+    assert torch.equal(model.classifier.weight, weights["head.weight"])
+
+
+# Against Transformers' Swin
+
+
+def swin_of(kind, **changes):
+    values = {"embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "image_size": 32, "window_size": 4}
+    torch.manual_seed(0)
+    model = kind(SwinConfig(**{**values, **changes})).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", [SwinModel, SwinForImageClassification, SwinForMaskedImageModeling])
+def test_folders_of_transformers_are_imported(kind, tmp_path):
+    theirs = swin_of(kind, id2label={0: "cat", 1: "dog"}, encoder_stride=8)
+    theirs.save_pretrained(tmp_path / "swin")
+    import_checkpoint(tmp_path / "swin", tmp_path / "model")
+    ours = AutoModel.from_pretrained(tmp_path / "model").eval()
+    images = random_images(2, 32, 32).float()
+    with torch.no_grad():
+        expected = getattr(theirs, "swin", theirs)(images).last_hidden_state
+        torch.testing.assert_close(ours(images).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+        if kind is SwinForImageClassification:
+            ours = AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
+            assert ours.config.id2label == {0: "cat", 1: "dog"}
+            torch.testing.assert_close(ours(images).logits, theirs(images).logits, atol=1e-5, rtol=1e-5)
+
+
+def save_model(kind, folder, **changes):
+    values = {"image_size": 32, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4, "layer_norm_eps": 1e-5}
+    model = randomize(kind(tiny_config(**{**values, **changes}))).float().eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", [GreenMIMModel, GreenMIMForImageClassification, GreenMIMForPreTraining])
+def test_export_to_transformers_swin(kind, tmp_path):
+    ours = save_model(kind, tmp_path / "model", id2label={0: "good", 1: "bad"})
+    assert export_model(str(tmp_path / "model"), "transformers-swin", str(tmp_path / "swin")) < 1e-5
+    theirs = AutoModel.from_pretrained(tmp_path / "swin").eval()
+    images = random_images(2, 32, 32).float()
+    with torch.no_grad():
+        found = theirs(images).last_hidden_state
+        torch.testing.assert_close(
+            found, getattr(ours, "greenmim", ours)(images).last_hidden_state, atol=1e-5, rtol=1e-5
+        )
+        if kind is GreenMIMForImageClassification:
+            theirs = AutoModelForImageClassification.from_pretrained(tmp_path / "swin").eval()
+            assert isinstance(theirs, SwinForImageClassification) and theirs.config.id2label == {0: "good", 1: "bad"}
+            torch.testing.assert_close(theirs(images).logits, ours(images).logits, atol=1e-5, rtol=1e-5)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "swin").resample == 3
+
+
+def test_difference_by_epsilon_is_measured(tmp_path):
+    save_model(GreenMIMModel, tmp_path / "model", layer_norm_eps=1e-2)
+    found = export_model(str(tmp_path / "model"), "transformers-swin", str(tmp_path / "swin"))
+    ours = AutoModel.from_pretrained(tmp_path / "model").eval()
+    theirs = AutoModel.from_pretrained(tmp_path / "swin").eval()
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = ours(images).last_hidden_state
+        error = (expected - theirs(images).last_hidden_state).abs().max() / expected.abs().max()
+    assert found == pytest.approx(error.item(), rel=1e-3) and found > 1e-4
+
+
+def test_what_transformers_swin_cannot_express_is_refused(tmp_path):
+    save_model(GreenMIMModel, tmp_path / "model", window_size=8)
+    with pytest.raises(CheckpointError, match=r"window_size` 8 .* windows \[8, 4\].*microsoft-swin or timm"):
+        export_model(str(tmp_path / "model"), "transformers-swin", str(tmp_path / "swin"))
+    assert not (tmp_path / "swin").exists()
+
+
+# Out and in again
+
+
+@pytest.mark.parametrize(
+    ("target", "file", "kind"),
+    [
+        ("original", "a.pth", GreenMIMForPreTraining),
+        ("microsoft-swin", "a.pth", GreenMIMForImageClassification),
+        ("timm", "a.safetensors", GreenMIMForImageClassification),
+        ("timm", "a.pth", GreenMIMModel),
+        ("transformers-swin", "folder", GreenMIMForImageClassification),
+    ],
+)
+def test_round_trips(target, file, kind, tmp_path):
+    ours = save_model(kind, tmp_path / "model", decoder_num_attention_heads=1, decoder_hidden_size=32)
+    export_model(str(tmp_path / "model"), target, str(tmp_path / file))
+    back = convert(read_checkpoint(tmp_path / file), image_size=32, layer_norm_eps=1e-5)
+    assert type(back) is kind
+    expected, found = ours.state_dict(), back.state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_exported_names_are_those_of_the_formats(tmp_path):
+    save_model(GreenMIMForPreTraining, tmp_path / "pretrained", window_size=4)
+    save_model(GreenMIMForImageClassification, tmp_path / "classifier")
+    config = AutoModel.from_pretrained(tmp_path / "pretrained").config
+    sizes = {"embed_dim": config.embed_dim, "depths": config.depths, "num_heads": config.num_heads, "window": 4}
+    official = official_shapes(**sizes, grid=8, decoder=config.decoder_hidden_size)
+    if config.decoder_num_hidden_layers == 1:
+        export_model(str(tmp_path / "pretrained"), "original", str(tmp_path / "o.pth"))
+        content = torch.load(tmp_path / "o.pth", weights_only=False)
+        ratio = {name: shape for name, shape in shapes_of(content["model"]).items() if ".mlp." not in name}
+        assert ratio == {name: shape for name, shape in official.items() if ".mlp." not in name}
+        assert content["args"].model.endswith("dec512b1")
+    export_model(str(tmp_path / "classifier"), "microsoft-swin", str(tmp_path / "m.pth"))
+    microsoft = torch.load(tmp_path / "m.pth")["model"]
+    heads = {"head.weight": (2, config.hidden_size), "head.bias": (2,)}
+    assert set(microsoft) == set(encoder_shapes(**sizes, grid=8)) | set(heads)
+    index = SwinModel(SwinConfig(window_size=4, image_size=32, depths=[1, 1], num_heads=[1, 1], embed_dim=8))
+    expected = index.encoder.layers[0].blocks[0].attention.relative_position_bias.relative_position_index
+    assert torch.equal(microsoft["layers.0.blocks.0.attn.relative_position_index"].flatten(), expected.flatten())
+    export_model(str(tmp_path / "classifier"), "timm", str(tmp_path / "t.safetensors"))
+    timm = load_file(tmp_path / "t.safetensors")
+    assert "layers.1.downsample.reduction.weight" in timm and "head.fc.weight" in timm
+    assert not any(name.startswith("layers.0.downsample.") for name in timm)
+
+
+def shapes_of(weights) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def test_timm_itself_loads_the_export(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed; its names are tested without it")
+    ours = save_model(GreenMIMForImageClassification, tmp_path / "model")
+    export_model(str(tmp_path / "model"), "timm", str(tmp_path / "t.safetensors"))
+    config = ours.config
+    theirs = timm.models.swin_transformer.SwinTransformer(
+        img_size=32,
+        embed_dim=config.embed_dim,
+        depths=config.depths,
+        num_heads=config.num_heads,
+        window_size=4,
+        mlp_ratio=config.mlp_ratio,
+        num_classes=2,
+    ).eval()
+    theirs.load_state_dict(load_file(tmp_path / "t.safetensors"))
+    images = random_images(2, 32, 32).float()
+    torch.testing.assert_close(theirs(images), ours(images).logits, atol=1e-5, rtol=1e-5)
+
+
+# Bad input
+
+
+class Trap:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_other_classes_are_refused_and_not_executed(tmp_path):
+    weights = random_weights(official_shapes(**TINY))
+    path = write_official(tmp_path / "official.pth", weights, scaler=Trap(tmp_path / "trapped"))
+    with pytest.raises(CheckpointError, match=r"wants (posix|nt)\.system.*nothing of it was executed"):
+        read_checkpoint(path)
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_damaged_files_are_refused(official, tmp_path):
+    content = official.read_bytes()
+    for name, damaged in (("half.pth", content[: len(content) // 2]), ("empty.pth", b""), ("text.pth", b"no weights")):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"{name}.*damaged"):
+            read_checkpoint(tmp_path / name)
+    (tmp_path / "a.safetensors").write_bytes(content[:100])
+    with pytest.raises(CheckpointError, match=r"a\.safetensors.*damaged"):
+        read_checkpoint(tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="there is no file"):
+        read_checkpoint(tmp_path / "nowhere.pth")
+    torch.save({"epoch": 3}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        read_checkpoint(tmp_path / "other.pth")
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "resnet.pth")
+    with pytest.raises(CheckpointError, match=r"is no Swin.*conv1\.weight"):
+        read_checkpoint(tmp_path / "resnet.pth")
+    torch.save({"encoder.patch_embeds.0.proj.weight": torch.zeros(3)}, tmp_path / "twins.pth")
+    with pytest.raises(CheckpointError, match="is a Twins"):
+        read_checkpoint(tmp_path / "twins.pth")
+
+
+def test_weights_that_do_not_fit_are_listed(tmp_path):
+    weights = random_weights(official_shapes(**TINY))
+    del weights["encoder.layers.1.blocks.0.mlp.fc2.bias"]
+    weights["encoder.absolute_pos_embed"] = torch.zeros(3)
+    weights["decoder_norm.weight"] = torch.zeros(17)
+    path = write_official(tmp_path / "official.pth", weights)
+    with pytest.raises(CheckpointError) as error:
+        import_checkpoint(path, tmp_path / "model", **HEADS)
+    text = str(error.value)
+    assert "greenmim.encoder.layers.1.blocks.0.mlp.fc2.bias is missing" in text
+    assert "absolute_pos_embed is unknown" in text
+    assert "decoder.decoder_norm.weight has shape (17,) instead of (16,)" in text
+    assert not (tmp_path / "model").exists()
+
+
+def test_windows_that_do_not_fit_the_image_size(tmp_path):
+    weights = random_weights(encoder_shapes(**{**TINY, "window": 8}))
+    torch.save(weights, tmp_path / "swin.pth")  # windows 8 and 4: an image of 32 px
+    with pytest.raises(CheckpointError, match=r"windows .* \[8, 4\].*`image_size` 224 have \[8, 8\].*--image_size"):
+        convert(read_checkpoint(tmp_path / "swin.pth"))
+    assert convert(read_checkpoint(tmp_path / "swin.pth"), image_size=32).config.window_size == 8
+
+
+def test_foreign_folders_are_refused(tmp_path):
+    save_model(GreenMIMModel, tmp_path / "model")
+    with pytest.raises(CheckpointError, match="model type 'greenmim'"):
+        read_checkpoint(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"without config\.json"):
+        read_checkpoint(tmp_path / "empty")
+    swin_of(SwinModel).save_pretrained(tmp_path / "swin")
+    with pytest.raises(CheckpointError, match="model type 'swin'; a GreenMIM is needed"):
+        export_model(str(tmp_path / "swin"), "timm", str(tmp_path / "out.pth"))
+    swin_of(SwinModel, use_absolute_embeddings=True).save_pretrained(tmp_path / "absolute")
+    with pytest.raises(CheckpointError, match="absolute position embeddings"):
+        read_checkpoint(tmp_path / "absolute")
+    save_model(GreenMIMForImageClassification, tmp_path / "classifier")
+    with pytest.raises(CheckpointError, match="without decoder"):
+        export_model(str(tmp_path / "classifier"), "original", str(tmp_path / "out.pth"))
+
+
+def test_command_line(official, tmp_path, capsys):
+    folder = str(tmp_path / "model")
+    main(["import", "--checkpoint", str(official), "--output", folder, "--decoder_num_attention_heads", "2"])
+    assert "GreenMIMForPreTraining of" in capsys.readouterr().out
+    main(["export", "--model", folder, "--to", "timm", "--output", str(tmp_path / "timm.safetensors")])
+    assert "relative difference" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"error: .*nowhere"):
+        main(["import", "--checkpoint", str(tmp_path / "nowhere.pth"), "--output", folder])
+
+
+def test_runs_as_a_module():
+    command = [sys.executable, "-m", "modeling_greenmim.conversion", "--help"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "import" in output.stdout and "export" in output.stdout and not output.stderr
