@@ -127,6 +127,8 @@ class GreenMIMSwinBlock(GradientCheckpointingLayer):
         attended, weights = self.attention(self.layernorm_before(hidden_states), plan)
         hidden_states = hidden_states + self.drop_path(self.dropout(attended))
         transformed = self.mlp(self.layernorm_after(hidden_states))
+        if weights is not None and self.gradient_checkpointing:
+            weights = weights.detach()  # reentrant checkpointing asks a gradient of every output that may have one
         return hidden_states + self.drop_path(self.dropout(transformed)), weights
 
 
