@@ -1,7 +1,7 @@
 """Fetches the common tests of the installed Transformers from its source distribution, for test_transformers_suite.py.
 
-They become the package `transformers_tests` in the environment's `transformers-tests`. Three modules that they import but
-that the distribution lacks are given empty.
+They become the package `transformers_tests` in the environment's folder `transformers-tests`. Three modules that they
+import but that the distribution lacks are given empty.
 """
 
 import subprocess
