@@ -55,6 +55,19 @@ SIMMIM_ONLY = re.compile(r"^(mask_token$|decoder\.)")
 # Of the four tokens (row, column) that merging joins: where each of (0,0), (1,0), (0,1), (1,1) is in row order.
 FROM_ROW_ORDER = [0, 2, 1, 3]
 FORMATS = ("transformers-swin", "microsoft-swin", "timm", "original")
+# Width, depths and window of the models that were released, and their cards.
+RELEASED = {
+    (128, (2, 2, 18, 2), 7): "swin-base",
+    (128, (2, 2, 18, 2), 14): "swin-base-win14",
+    (192, (2, 2, 18, 2), 14): "swin-large-win14",
+}
+KINDS = {
+    "official": "official GreenMIM",
+    "simmim": "SimMIM",
+    "microsoft": "Microsoft's Swin",
+    "timm": "timm",
+    "transformers": "Transformers' Swin",
+}
 MERGING = re.compile(r"^layers\.\d+\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)$")
 
 
@@ -433,7 +446,27 @@ def import_checkpoint(path: str, output: str, order: str = "auto", **values) -> 
     model = convert(checkpoint, order, **values)
     model.save_pretrained(output)
     build_image_processor(model.config).save_pretrained(output)
+    card = model_card(model.config, checkpoint.kind, Path(path).name, str(output))
+    (Path(output) / "README.md").write_text(card, encoding="utf-8")
     return model
+
+
+def card_folder() -> Path:
+    """Where the cards are: in the installed package, or in the clone."""
+    installed = Path(__file__).parent / "model_cards"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "model_cards"
+
+
+def model_card(config: GreenMIMConfig, kind: str, checkpoint: str, location: str) -> str:
+    """The released model's own card for official weights of its shape, else one that tells where weights come from."""
+    name = RELEASED.get((config.embed_dim, tuple(config.depths), config.window_size)) if kind == "official" else None
+    if name is not None:
+        return (card_folder() / f"{name}.md").read_text(encoding="utf-8")
+    values = {"title": Path(location).name, "location": location, "checkpoint": checkpoint, "kind": KINDS[kind]}
+    text = (card_folder() / "converted.md").read_text(encoding="utf-8")
+    for key, value in values.items():
+        text = text.replace(f"{{{key}}}", value)
+    return text
 
 
 # Exporting

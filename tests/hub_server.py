@@ -42,6 +42,7 @@ class Hub:
         self.commit(repo, {".gitattributes": b""}, {})
 
     def commit(self, repo: str, files: dict[str, bytes], lfs: dict[str, bool], branch: str = "main") -> str:
+        self.blobs |= {hashlib.sha256(files[name]).hexdigest(): files[name] for name in lfs}
         before = self.at(repo, branch) if self.commits[repo] else ("", {}, {})
         number = str(len(self.commits[repo]))
         oid = hashlib.sha1(f"{repo} {number}".encode()).hexdigest()

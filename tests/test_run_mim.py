@@ -425,6 +425,9 @@ def test_model_card_tells_data_recipe_results_and_command(finished):
     assert model.config_overrides == OVERRIDES
     loaded = ModelCard.load(finished / "README.md")
     assert "greenmim" in loaded.data.tags and loaded.data.library_name == "transformers"
+    (result,) = loaded.data.eval_results
+    assert (result.dataset_name, result.metric_type) == ("data", "loss")
+    assert result.metric_value == pytest.approx(results_of(finished)["eval_loss"], rel=1e-4)
 
 
 def test_end_tells_where_the_picture_is(tmp_path, caplog):

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sized
 from dataclasses import dataclass
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .pictures import loss_curve
 
@@ -62,11 +62,10 @@ the pixels of the hidden ones. It holds encoder and decoder; the encoder is what
 ## Use
 
 ```python
-import modeling_greenmim  # registers the model with the Auto classes
 from transformers import AutoImageProcessor, AutoModel
 
-processor = AutoImageProcessor.from_pretrained("{location}")
-model = AutoModel.from_pretrained("{location}")
+processor = AutoImageProcessor.from_pretrained("{location}", trust_remote_code=True)
+model = AutoModel.from_pretrained("{location}", trust_remote_code=True)
 ```
 
 The model was not trained to classify anything. What it learned comes from the images below alone; on other kinds of
@@ -87,10 +86,9 @@ An image classifier ({kind}) of {num_labels} classes: {classes}.
 ## Use
 
 ```python
-import modeling_greenmim  # registers the model with the Auto classes
 from transformers import pipeline
 
-classify = pipeline("image-classification", model="{location}")
+classify = pipeline("image-classification", model="{location}", trust_remote_code=True)
 ```
 
 It knows the classes of the images below and no others; on other kinds of images its answers mean nothing.
@@ -159,12 +157,35 @@ class RunFacts:
     Attributes:
         command: what started it.
         data: a sentence on the images.
+        dataset: name of the data.
         license_name: the Hub's name of the licence that the data asks for, if known.
     """
 
     command: str
     data: str
+    dataset: str
     license_name: str | None = None
+
+
+# Of evaluation's results, those that measure the machine and not the model.
+_NOT_OF_THE_MODEL = ("runtime", "per_second", "unreadable")
+
+
+def _eval_results(trainer, facts: RunFacts, task: str) -> list[EvalResult]:
+    """The last evaluation, as the Hub's metadata want it."""
+    results = _results(trainer.state.log_history)
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=facts.dataset,
+            dataset_name=facts.dataset,
+            dataset_split="evaluation",
+            metric_type=name.removeprefix("eval_"),
+            metric_value=float(value),
+        )
+        for name, value in results.items()
+        if name.startswith("eval_") and not any(part in name for part in _NOT_OF_THE_MODEL)
+    ]
 
 
 def describe_run(
@@ -187,10 +208,10 @@ def describe_run(
     command = shlex.join(["python", script, *argv])
     if dataset_name or folder:
         name = dataset_name or os.path.basename(os.path.abspath(folder))
-        return RunFacts(command, f"Images of `{name}`: {counts}.")
+        return RunFacts(command, f"Images of `{name}`: {counts}.", name)
     page = "[ELPV](https://github.com/zae-bayern/elpv-dataset)"
     sentence = f"{page}, electroluminescence photographs of solar cells (CC-BY-NC-SA-4.0): {counts}."
-    return RunFacts(command, f"{sentence} {elpv_labels}The split is fixed.", "cc-by-nc-sa-4.0")
+    return RunFacts(command, f"{sentence} {elpv_labels}The split is fixed.", "ELPV", "cc-by-nc-sa-4.0")
 
 
 def write_model_card(trainer, facts: RunFacts) -> None:
@@ -235,14 +256,23 @@ def write_classifier_card(trainer, facts: RunFacts) -> None:
     )
 
 
+def _metadata(trainer, facts: RunFacts, title: str, values: dict) -> str:
+    """The head of a card, which the Hub reads."""
+    results = _eval_results(trainer, facts, values["pipeline_tag"])
+    measured = {"model_name": title, "eval_results": results} if results else {}
+    data = ModelCardData(license=facts.license_name, library_name="transformers", **values, **measured)
+    return data.to_yaml()
+
+
 def _write(trainer, facts: RunFacts, template: str, metadata: dict, **values) -> None:
     folder = trainer.args.output_dir
     loss_curve(trainer.state.log_history).savefig(os.path.join(folder, "loss_curve.png"), dpi=120)
     location = trainer.args.hub_model_id or folder
+    title = os.path.basename(os.path.normpath(location))
     unreadable = f" {len(trainer.unreadable)} of them could not be read." if trainer.unreadable else ""
     content = template.format(
-        metadata=ModelCardData(license=facts.license_name, library_name="transformers", **metadata).to_yaml(),
-        title=os.path.basename(os.path.normpath(location)),
+        metadata=_metadata(trainer, facts, title, metadata),
+        title=title,
         location=location,
         data=facts.data + unreadable,
         command=facts.command,
