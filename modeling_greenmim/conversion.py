@@ -20,7 +20,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, SwinConfig, SwinForImageClassification, SwinForMaskedImageModeling, SwinModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    SwinConfig,
+    SwinForImageClassification,
+    SwinForMaskedImageModeling,
+    SwinModel,
+    ViTImageProcessorPil,
+)
 
 from . import GreenMIMConfig, GreenMIMForImageClassification, GreenMIMForPreTraining, GreenMIMModel
 from .decoder import sincos_positions
@@ -546,7 +554,7 @@ def export_model(folder: str, target: str, output: str) -> float:
         return _export_original(model, Path(output))
     weights = {name: tensor for name, tensor in to_microsoft(model).items() if not is_of_decoder(name)}
     if target == "transformers-swin":
-        return _export_transformers(model, weights, output)
+        return _export_transformers(model, weights, folder, output)
     if target == "timm":
         _save(to_timm(weights), Path(output))
     else:
@@ -576,7 +584,16 @@ def load_model(folder: str) -> nn.Module:
     return kind.from_pretrained(folder).eval()
 
 
-def _export_transformers(model: nn.Module, weights: dict[str, torch.Tensor], output: str) -> float:
+def swin_image_processor(folder: str, config: GreenMIMConfig) -> ViTImageProcessorPil:
+    """The image processor of a model as the one of Transformers' Swin, which needs no code of ours."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder)
+    except OSError:  # saved without one
+        processor = build_image_processor(config)
+    return ViTImageProcessorPil(**processor.to_dict())
+
+
+def _export_transformers(model: nn.Module, weights: dict[str, torch.Tensor], folder: str, output: str) -> float:
     config = swin_config(model.config)
     swin = SwinForImageClassification(config).eval()
     has_head = "head.weight" in weights
@@ -585,7 +602,7 @@ def _export_transformers(model: nn.Module, weights: dict[str, torch.Tensor], out
     swin.load_state_dict(to_transformers(weights))
     saved = swin if has_head else swin.swin
     saved.save_pretrained(output)
-    build_image_processor(model.config).save_pretrained(output)
+    swin_image_processor(folder, model.config).save_pretrained(output)
     return difference(model, lambda image: swin.swin(image).last_hidden_state)
 
 

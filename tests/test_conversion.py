@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -19,6 +21,7 @@ from transformers import (
     SwinForImageClassification,
     SwinForMaskedImageModeling,
     SwinModel,
+    ViTImageProcessorPil,
 )
 
 from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, GreenMIMModel
@@ -31,6 +34,7 @@ from modeling_greenmim.conversion import (
     main,
     read_checkpoint,
 )
+from modeling_greenmim.image_processing_greenmim import build_image_processor
 from tests.golden import FIXTURES, load_golden, normalized
 from tests.oracle import random_images, randomize, tiny_config
 
@@ -277,6 +281,20 @@ def test_export_to_transformers_swin(kind, tmp_path):
             assert isinstance(theirs, SwinForImageClassification) and theirs.config.id2label == {0: "good", 1: "bad"}
             torch.testing.assert_close(theirs(images).logits, ours(images).logits, atol=1e-5, rtol=1e-5)
     assert AutoImageProcessor.from_pretrained(tmp_path / "swin").resample == 3
+    assert not list((tmp_path / "swin").glob("*.py")), "needs no code of ours"
+
+
+def test_export_keeps_the_image_processor(tmp_path):
+    model = save_model(GreenMIMForImageClassification, tmp_path / "model")
+    processor = build_image_processor(model.config)
+    processor.image_mean, processor.do_center_crop = [0.1, 0.2, 0.3], True
+    processor.size, processor.crop_size = {"shortest_edge": 36}, {"height": 32, "width": 32}
+    processor.save_pretrained(tmp_path / "model")
+    export_model(str(tmp_path / "model"), "transformers-swin", str(tmp_path / "swin"))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8))
+    theirs = AutoImageProcessor.from_pretrained(tmp_path / "swin")
+    assert type(theirs) is ViTImageProcessorPil
+    assert np.array_equal(theirs(image)["pixel_values"], processor(image)["pixel_values"])
 
 
 def test_difference_by_epsilon_is_measured(tmp_path):
