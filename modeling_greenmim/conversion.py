@@ -13,10 +13,12 @@ import math
 import pickle
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -32,7 +34,7 @@ from transformers import (
 
 from . import GreenMIMConfig, GreenMIMForImageClassification, GreenMIMForPreTraining, GreenMIMModel
 from .decoder import sincos_positions
-from .image_processing_greenmim import build_image_processor
+from .image_processing_greenmim import GreenMIMImageProcessorPil, build_image_processor
 from .resizing import BIAS_TABLE, window_of_table
 from .swin import stage_windows
 
@@ -62,6 +64,8 @@ BUFFERS = re.compile(r"(relative_position_index|attn_mask)$|^decoder_pos_embed$"
 SIMMIM_ONLY = re.compile(r"^(mask_token$|decoder\.)")
 # Of the four tokens (row, column) that merging joins: where each of (0,0), (1,0), (0,1), (1,1) is in row order.
 FROM_ROW_ORDER = [0, 2, 1, 3]
+# Values of the configuration that no weight tells, by their names in `args`.
+TOLD = {"decoder_num_attention_heads": "decoder_num_heads", "layer_norm_eps": "layer_norm_eps"}
 FORMATS = ("transformers-swin", "microsoft-swin", "timm", "original")
 # Width, depths and window of the models that were released, and their cards.
 RELEASED = {
@@ -76,7 +80,7 @@ KINDS = {
     "timm": "timm",
     "transformers": "Transformers' Swin",
 }
-MERGING = re.compile(r"^layers\.\d+\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)$")
+MERGING = re.compile(r"(^|\.)layers\.\d+\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)$")
 
 
 class CheckpointError(ValueError):
@@ -90,14 +94,14 @@ class Checkpoint:
     Attributes:
         kind: where it comes from: official, simmim, microsoft, timm or transformers.
         weights: without buffers; those of official pre-training include the decoder's.
-        model_name: `args.model` of official files.
+        model_name: `args.model` of official files, else empty.
         image_size: side in pixels, if the source tells it.
         values: more values of the configuration.
     """
 
     kind: str
     weights: dict[str, torch.Tensor]
-    model_name: str | None = None
+    model_name: str = ""
     image_size: int | list[int] | None = None
     values: dict = field(default_factory=dict)
 
@@ -221,10 +225,16 @@ def _weights_of(content, path: Path) -> dict[str, torch.Tensor]:
             if isinstance(content.get(key), dict):
                 content = content[key]
                 break
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+    is_named = isinstance(content, dict) and content and all(isinstance(name, str) for name in content)
+    if not is_named or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
         raise CheckpointError(
             f"`checkpoint` {str(path)!r} holds no weights: a dictionary of tensors is needed, itself or under 'model'"
             " or 'state_dict'."
+        )
+    whole = [name for name, tensor in content.items() if not (tensor.is_floating_point() or BUFFERS.search(name))]
+    if whole:
+        raise CheckpointError(
+            f"`checkpoint` {str(path)!r} has weights that are no floating-point numbers: {whole[:5]}."
         )
     if all(name.startswith("module.") for name in content):  # of DistributedDataParallel
         content = {name.removeprefix("module."): tensor for name, tensor in content.items()}
@@ -242,11 +252,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
     content = read_file(path)
     weights = _weights_of(content, path)
     args = content.get("args")
-    model_name = getattr(args, "model", None) if isinstance(args, argparse.Namespace) else None
+    args = vars(args) if isinstance(args, argparse.Namespace) else {}
     if any(name.removeprefix("encoder.").startswith("patch_embeds.") for name in weights):
         raise CheckpointError(f"`checkpoint` {str(path)!r} is a Twins; only Swin can be converted.")
     kind = "microsoft"
-    if "decoder_pred.weight" in weights:
+    if any(is_of_decoder(name) for name in weights):
         kind = "official"
     elif f"encoder.{PROJECTION}" in weights:
         kind = "simmim"
@@ -261,20 +271,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
             weights = from_timm(weights)
         weights = {name.replace("head.fc.", "head.", 1): tensor for name, tensor in weights.items()}
     weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
-    if PROJECTION not in weights:
+    if PROJECTION not in weights or weights[PROJECTION].ndim != 4:
         raise CheckpointError(
-            f"`checkpoint` {str(path)!r} is no Swin: it has no {PROJECTION!r}, but {', '.join(list(weights)[:5])}, ..."
+            f"`checkpoint` {str(path)!r} is no Swin: it has no {PROJECTION!r} of four dimensions, but"
+            f" {', '.join(list(weights)[:5])}, ..."
         )
-    image_size = _image_size(weights)
+    image_size = args.get("input_size") or _image_size(weights)
     weights = {name: tensor for name, tensor in weights.items() if not BUFFERS.search(name)}
-    return Checkpoint(kind, weights, model_name, image_size)
+    # Our exports in the official layout tell more than official files do.
+    told = {ours: args[theirs] for ours, theirs in TOLD.items() if theirs in args}
+    return Checkpoint(kind, weights, str(args.get("model", "")), image_size, told)
 
 
 def _read_folder(path: Path) -> Checkpoint:
     """A folder of `SwinModel`, `SwinForImageClassification` or `SwinForMaskedImageModeling`."""
     if not (path / "config.json").is_file():
         raise CheckpointError(f"`checkpoint` is {str(path)!r}, a folder without config.json; name the file in it.")
-    config = AutoConfig.from_pretrained(path)
+    with clear_errors(f"`checkpoint` {str(path)!r}"):
+        config = AutoConfig.from_pretrained(path)
     if config.model_type != "swin":
         raise CheckpointError(
             f"`checkpoint` {str(path)!r} is a folder of model type {config.model_type!r}; only 'swin' is converted."
@@ -284,23 +298,65 @@ def _read_folder(path: Path) -> Checkpoint:
     kinds = (SwinModel, SwinForImageClassification, SwinForMaskedImageModeling)
     architecture = (config.architectures or ["SwinModel"])[0]
     kind = next((kind for kind in kinds if kind.__name__ == architecture), SwinModel)
-    model, loading = kind.from_pretrained(path, output_loading_info=True)
-    if loading["missing_keys"]:
-        raise CheckpointError(f"`checkpoint` {str(path)!r} lacks weights: {sorted(loading['missing_keys'])}.")
-    same = ("hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "layer_norm_eps")
+    model = load_whole(kind, path, "checkpoint")
+    same = (
+        "problem_type",
+        "hidden_act",
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "drop_path_rate",
+        "layer_norm_eps",
+    )
     values = {name: getattr(config, name) for name in same}
     if kind is SwinForImageClassification:
         values |= {"id2label": config.id2label, "label2id": config.label2id}
     return Checkpoint("transformers", from_transformers(model), image_size=config.image_size, values=values)
 
 
+@contextmanager
+def clear_errors(what: str):
+    """Errors of reading or of impossible values become a `CheckpointError` that begins with `what`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{what} wants to run code, which was not executed; only tensors are read.") from error
+    except (OSError, RuntimeError, ValueError, KeyError, IndexError, SafetensorError, StrictDataclassError) as error:
+        raise CheckpointError(f"{what} cannot be read or is impossible: {error}") from error
+
+
+def load_whole(kind: type, folder, argument: str) -> nn.Module:
+    """A model of a class from a folder that has exactly its weights.
+
+    Raises:
+        `CheckpointError`: naming weights that are missing or unknown.
+    """
+    with clear_errors(f"`{argument}` {str(folder)!r}"):
+        model, loading = kind.from_pretrained(folder, output_loading_info=True)
+    for problem in ("missing_keys", "unexpected_keys"):
+        if loading[problem]:
+            names = ", ".join(sorted(loading[problem])[:5])
+            raise CheckpointError(f"`{argument}` {str(folder)!r} does not fit its configuration: {problem} {names}.")
+    return model
+
+
 def _image_size(weights: dict[str, torch.Tensor]) -> int | None:
     """Side of square images in pixels, from the buffers that depend on it."""
     patch, stages = weights[PROJECTION].shape[-1], _count(weights, r"layers\.(\d+)\.blocks")
-    if "decoder_pos_embed" in weights:
-        return math.isqrt(weights["decoder_pos_embed"].shape[1]) * patch * 2 ** (stages - 1)
-    mask = weights.get("layers.0.blocks.1.attn_mask")  # (windows, tokens, tokens)
-    return None if mask is None else math.isqrt(mask.shape[0] * mask.shape[1]) * patch
+    positions, mask = weights.get("decoder_pos_embed"), weights.get("layers.0.blocks.1.attn_mask")
+    if positions is not None:  # (1, units, width)
+        if positions.ndim != 3:
+            raise CheckpointError(
+                f"`decoder_pos_embed` has shape {tuple(positions.shape)} instead of (1, units, width)."
+            )
+        count, step = positions.shape[1], patch * 2 ** (stages - 1)
+    elif mask is not None and mask.ndim == 3:  # (windows, tokens, tokens)
+        count, step = mask.shape[0] * mask.shape[1], patch
+    else:
+        return None
+    side = math.isqrt(count)
+    return side * step if side**2 == count else None
 
 
 def _count(weights: dict[str, torch.Tensor], pattern: str) -> int:
@@ -326,7 +382,7 @@ def infer_config(checkpoint: Checkpoint, **values) -> GreenMIMConfig:
         depths = [_count(weights, rf"layers\.{stage}\.blocks\.(\d+)") for stage in range(stages)]
         tables = [weights[f"layers.{stage}.blocks.0.attn.{BIAS_TABLE}"] for stage in range(stages)]
         hidden = weights["layers.0.blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(
             f"The checkpoint is no whole Swin: {error} is missing or has a strange shape."
         ) from error
@@ -347,7 +403,7 @@ def infer_config(checkpoint: Checkpoint, **values) -> GreenMIMConfig:
         "mlp_ratio": hidden / embed_dim,
         "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in weights,
         # Official GreenMIM's; the others are made with torch's own.
-        "layer_norm_eps": 1e-6 if checkpoint.kind == "official" else 1e-5,
+        "layer_norm_eps": 1e-6 if checkpoint.kind == "official" or named_order(checkpoint) else 1e-5,
     }
     if checkpoint.kind == "official":
         inferred |= _infer_decoder(weights)
@@ -355,7 +411,8 @@ def infer_config(checkpoint: Checkpoint, **values) -> GreenMIMConfig:
         inferred["num_labels"] = weights["head.weight"].shape[0]
     if "id2label" in checkpoint.values:
         inferred.pop("num_labels", None)
-    config = GreenMIMConfig(**{**inferred, **checkpoint.values, **values})
+    with clear_errors("The configuration"):
+        config = GreenMIMConfig(**{**inferred, **checkpoint.values, **values})
     if list(stage_windows(config)) != windows:
         raise CheckpointError(
             f"The windows of the stages are {windows} in the checkpoint, but images of `image_size`"
@@ -365,6 +422,10 @@ def infer_config(checkpoint: Checkpoint, **values) -> GreenMIMConfig:
 
 
 def _infer_decoder(weights: dict[str, torch.Tensor]) -> dict:
+    needed = ("mask_token", "decoder_blocks.0.mlp.fc1.weight", "decoder_pred.weight")
+    missing = [name for name in needed if name not in weights or weights[name].ndim < 2]
+    if missing:
+        raise CheckpointError(f"The checkpoint has a part of a decoder: {missing} are missing or of a strange shape.")
     width = weights["mask_token"].shape[-1]
     return {
         "decoder_hidden_size": width,
@@ -373,6 +434,12 @@ def _infer_decoder(weights: dict[str, torch.Tensor]) -> dict:
         "decoder_num_attention_heads": max(1, width // 32),
         "decoder_intermediate_size": weights["decoder_blocks.0.mlp.fc1.weight"].shape[0],
     }
+
+
+def named_order(checkpoint: Checkpoint) -> str | None:
+    """The order that the name of an official model tells; None for other names."""
+    endings = {"dec5121b1": "row", "dec512b1": "column"}
+    return next((order for ending, order in endings.items() if checkpoint.model_name.endswith(ending)), None)
 
 
 def merging_order(checkpoint: Checkpoint, order: str) -> str:
@@ -386,12 +453,10 @@ def merging_order(checkpoint: Checkpoint, order: str) -> str:
     """
     if order != "auto":
         return order
+    if named_order(checkpoint):
+        return named_order(checkpoint)
     if checkpoint.kind != "official":
         return "column"
-    name = checkpoint.model_name or ""
-    for ending, found in (("dec5121b1", "row"), ("dec512b1", "column")):
-        if name.endswith(ending):
-            return found
     raise CheckpointError(
         f"The file does not tell the order in which it merges patches: its `args.model` is {checkpoint.model_name!r},"
         " which ends neither in 'dec5121b1' (2022: row) nor in 'dec512b1' (2023: column). Give --patch_merging_order."
@@ -401,7 +466,7 @@ def merging_order(checkpoint: Checkpoint, order: str) -> str:
 def rows_to_columns(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of merging in row order -> those that compute the same in column order."""
     return {
-        name: tensor.unflatten(-1, (4, -1))[..., FROM_ROW_ORDER, :].flatten(-2) if MERGING.match(name) else tensor
+        name: tensor.unflatten(-1, (4, -1))[..., FROM_ROW_ORDER, :].flatten(-2) if MERGING.search(name) else tensor
         for name, tensor in weights.items()
     }
 
@@ -418,8 +483,7 @@ def convert(checkpoint: Checkpoint, order: str = "auto", **values) -> nn.Module:
     """
     config = infer_config(checkpoint, **values)
     weights = checkpoint.weights
-    if merging_order(checkpoint, order) == "row":
-        weights = rows_to_columns(weights)
+    order = merging_order(checkpoint, order)
     state = from_microsoft(weights)
     kind = GreenMIMForPreTraining if checkpoint.kind == "official" else GreenMIMForImageClassification
     if kind is GreenMIMForImageClassification and "classifier.weight" not in state:
@@ -427,6 +491,8 @@ def convert(checkpoint: Checkpoint, order: str = "auto", **values) -> nn.Module:
     with torch.device("meta"):
         model = kind(config)
     _check(model, state)
+    if order == "row":
+        state = rows_to_columns(state)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -450,11 +516,14 @@ def import_checkpoint(path: str, output: str, order: str = "auto", **values) -> 
     Raises:
         `CheckpointError`: when the checkpoint cannot be converted; nothing is written then.
     """
+    if Path(output).is_file():
+        raise CheckpointError(f"`output` is {str(output)!r}, a file; a folder is needed.")
     checkpoint = read_checkpoint(Path(path))
     model = convert(checkpoint, order, **values)
     model.save_pretrained(output)
-    build_image_processor(model.config).save_pretrained(output)
-    card = model_card(model.config, checkpoint.kind, Path(path).name, str(output))
+    own_image_processor(path, model.config).save_pretrained(output)
+    flags = "".join(f" --{name} {value}" for name, value in {"patch_merging_order": order, **values}.items())
+    card = model_card(model, checkpoint, Path(path).name, Path(output).name, flags)
     (Path(output) / "README.md").write_text(card, encoding="utf-8")
     return model
 
@@ -465,12 +534,38 @@ def card_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[1] / "model_cards"
 
 
-def model_card(config: GreenMIMConfig, kind: str, checkpoint: str, location: str) -> str:
-    """The released model's own card for official weights of its shape, else one that tells where weights come from."""
-    name = RELEASED.get((config.embed_dim, tuple(config.depths), config.window_size)) if kind == "official" else None
-    if name is not None:
-        return (card_folder() / f"{name}.md").read_text(encoding="utf-8")
-    values = {"title": Path(location).name, "location": location, "checkpoint": checkpoint, "kind": KINDS[kind]}
+def own_image_processor(path: str, config: GreenMIMConfig) -> GreenMIMImageProcessorPil:
+    """That of a folder of Transformers, as our class, or the one that goes with the configuration."""
+    if not (Path(path) / "preprocessor_config.json").is_file():
+        return build_image_processor(config)
+    return GreenMIMImageProcessorPil(**AutoImageProcessor.from_pretrained(path).to_dict())
+
+
+def model_card(model: nn.Module, checkpoint: Checkpoint, file: str, title: str, flags: str = "") -> str:
+    """The card of a released model for its official weights, else one that tells where weights come from.
+
+    The released ones were trained by the code of 2022, which nobody's own exports claim.
+
+    Args:
+        file: name of the checkpoint.
+        title: name of the model.
+        flags: of the command that imported it.
+    """
+    config = model.config
+    shape = (config.embed_dim, tuple(config.depths), config.window_size)
+    plain = config.image_size == 224 and config.num_channels == 3 and config.decoder_hidden_size == 512
+    is_released = checkpoint.kind == "official" and named_order(checkpoint) == "row" and plain and shape in RELEASED
+    if is_released:
+        return (card_folder() / f"{RELEASED[shape]}.md").read_text(encoding="utf-8")
+    has_head = isinstance(model, GreenMIMForImageClassification)
+    values = {
+        "title": title,
+        "checkpoint": file,
+        "kind": KINDS[checkpoint.kind],
+        "flags": flags,
+        "task": "image-classification" if has_head else "image-feature-extraction",
+        "auto": "AutoModelForImageClassification" if has_head else "AutoModel",
+    }
     text = (card_folder() / "converted.md").read_text(encoding="utf-8")
     for key, value in values.items():
         text = text.replace(f"{{{key}}}", value)
@@ -544,11 +639,13 @@ def export_model(folder: str, target: str, output: str) -> float:
         output: a folder for transformers-swin, else a file; timm's may end in .safetensors.
 
     Returns:
-        Relative difference that the target's fixed epsilon of layer normalisations makes; 0 where it is free.
+        Relative difference that the target's fixed epsilon of layer normalisations makes.
 
     Raises:
         `CheckpointError`: when the format cannot express the model.
     """
+    if Path(output).is_dir() != (target == "transformers-swin") and Path(output).exists():
+        raise CheckpointError(f"`output` is {output!r}; {target} needs a {_kind_of_output(target)}.")
     model = load_model(folder)
     if target == "original":
         return _export_original(model, Path(output))
@@ -564,6 +661,10 @@ def export_model(folder: str, target: str, output: str) -> float:
     return difference(model, lambda image: other(image).last_hidden_state)
 
 
+def _kind_of_output(target: str) -> str:
+    return "folder" if target == "transformers-swin" else "file"
+
+
 def is_of_decoder(name: str) -> bool:
     """Whether a weight by Microsoft's names is one of the decoder's."""
     return name == "mask_token" or name.startswith("decoder_")
@@ -575,13 +676,14 @@ def load_model(folder: str) -> nn.Module:
     Raises:
         `CheckpointError`: when it is no model of GreenMIM.
     """
-    config = AutoConfig.from_pretrained(folder)
+    with clear_errors(f"`model` {folder!r}"):
+        config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, GreenMIMConfig):
         raise CheckpointError(f"`model` is {folder!r} of model type {config.model_type!r}; a GreenMIM is needed.")
     kinds = (GreenMIMForPreTraining, GreenMIMForImageClassification, GreenMIMModel)
     architecture = (config.architectures or [""])[0]
     kind = next((kind for kind in kinds if kind.__name__ == architecture), GreenMIMModel)
-    return kind.from_pretrained(folder).eval()
+    return load_whole(kind, folder, "model").eval()
 
 
 def swin_image_processor(folder: str, config: GreenMIMConfig) -> ViTImageProcessorPil:
@@ -618,10 +720,12 @@ def _export_original(model: nn.Module, path: Path) -> float:
     weights |= {f"encoder.{name}": tensor for name, tensor in buffers(config).items()}
     positions = sincos_positions(config.unit_grid, config.decoder_hidden_size, torch.device("cpu"), torch.float32)
     weights["decoder_pos_embed"] = positions[None]
-    # By the ending readers know the order of merging.
-    args = argparse.Namespace(model=f"green_mim_swin_patch{config.patch_size}_dec512b1")
-    _save({"model": weights, "args": args}, path)
-    return 0.0
+    # By the ending readers know the order of merging; no weight tells the others.
+    name = f"green_mim_swin_patch{config.patch_size}_dec512b1"
+    told = {theirs: getattr(config, ours) for ours, theirs in TOLD.items()}
+    _save({"model": weights, "args": argparse.Namespace(model=name, input_size=config.image_size, **told)}, path)
+    other = with_epsilon(model.greenmim, 1e-6)
+    return difference(model, lambda image: other(image).last_hidden_state)
 
 
 def _save(content: dict, path: Path) -> None:

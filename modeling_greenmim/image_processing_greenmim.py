@@ -1,6 +1,7 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Image processor of GreenMIM: that of ViT, for models of one channel too."""
 
+import numpy as np
 from PIL import Image
 from transformers import ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -15,9 +16,12 @@ class GreenMIMImageProcessorPil(ViTImageProcessorPil):
     """
 
     def process_image(self, image, *args, **kwargs):
-        """An image of any kind -> array `(channels, height, width)`."""
+        """An image -> array `(channels, height, width)`; of 16-bit images the upper byte counts."""
         if isinstance(image, Image.Image):
-            image = image.convert("L" if len(self.image_mean) == 1 else "RGB")
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            is_grey = isinstance(self.image_mean, (list, tuple)) and len(self.image_mean) == 1
+            image = image.convert("L" if is_grey else "RGB")
         return super().process_image(image, *args, **kwargs)
 
     def to_dict(self) -> dict:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -34,7 +34,7 @@ from modeling_greenmim.conversion import (
     main,
     read_checkpoint,
 )
-from modeling_greenmim.image_processing_greenmim import build_image_processor
+from modeling_greenmim.image_processing_greenmim import GreenMIMImageProcessorPil, build_image_processor
 from tests.golden import FIXTURES, load_golden, normalized
 from tests.oracle import random_images, randomize, tiny_config
 
@@ -468,6 +468,92 @@ def test_foreign_folders_are_refused(tmp_path):
     save_model(GreenMIMForImageClassification, tmp_path / "classifier")
     with pytest.raises(CheckpointError, match="without decoder"):
         export_model(str(tmp_path / "classifier"), "original", str(tmp_path / "out.pth"))
+
+
+def test_an_encoder_alone_has_the_order_that_its_name_tells(tmp_path):
+    weights = random_weights(official_shapes(**TINY))
+    encoder = {name: tensor for name, tensor in weights.items() if name.startswith("encoder.")}
+    path = write_official(tmp_path / "encoder.pth", encoder, model=ROW)
+    found = convert(read_checkpoint(path), image_size=32)
+    by_row = convert(read_checkpoint(path), "row", image_size=32)
+    assert isinstance(found, GreenMIMModel) and found.config.layer_norm_eps == 1e-6
+    assert torch.equal(*(model.encoder.layers[0].downsample.norm.bias for model in (found, by_row)))
+
+
+def test_original_layout_tells_what_no_weight_does(tmp_path):
+    changes = {"image_size": [32, 64], "decoder_hidden_size": 64, "decoder_num_attention_heads": 8}
+    ours = save_model(GreenMIMForPreTraining, tmp_path / "model", layer_norm_eps=1e-2, **changes)
+    assert export_model(str(tmp_path / "model"), "original", str(tmp_path / "a.pth")) > 1e-4
+    back = convert(read_checkpoint(tmp_path / "a.pth"))
+    names = ("image_size", "decoder_num_attention_heads", "layer_norm_eps")
+    assert [getattr(back.config, name) for name in names] == [getattr(ours.config, name) for name in names]
+
+
+def test_import_keeps_processor_and_problem_type(tmp_path):
+    swin_of(SwinForImageClassification, problem_type="multi_label_classification").save_pretrained(tmp_path / "swin")
+    given = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    given.save_pretrained(tmp_path / "swin")
+    import_checkpoint(tmp_path / "swin", tmp_path / "model")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    assert model.config.problem_type == "multi_label_classification"
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
+    assert type(processor) is GreenMIMImageProcessorPil and list(processor.image_mean) == [0.5] * 3
+
+
+def change_weights(folder, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_weights_that_do_not_fit_their_folder_are_refused(tmp_path):
+    save_model(GreenMIMModel, tmp_path / "model")
+    change_weights(tmp_path / "model", lambda weights: weights.pop("encoder.layers.0.blocks.0.mlp.fc1.weight"))
+    with pytest.raises(CheckpointError, match=r"missing_keys encoder\.layers\.0\.blocks\.0\.mlp\.fc1\.weight"):
+        export_model(str(tmp_path / "model"), "timm", str(tmp_path / "t.pth"))
+    swin_of(SwinModel).save_pretrained(tmp_path / "swin")
+    change_weights(tmp_path / "swin", lambda weights: weights.update({"encoder.more": torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match=r"unexpected_keys .*more"):
+        read_checkpoint(tmp_path / "swin")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("mask_token"), r"part of a decoder: \['mask_token'\]"),
+        (lambda w: w.pop("decoder_pred.weight"), r"part of a decoder: \['decoder_pred\.weight'\]"),
+        (lambda w: w.update({"decoder_pos_embed": torch.zeros(3)}), "`decoder_pos_embed` has shape"),
+        (lambda w: w.update({"encoder.patch_embed.proj.weight": torch.zeros(())}), "is no Swin"),
+        (lambda w: w.update({"encoder.layers.0.downsample.norm.weight": torch.zeros(7)}), r"shape \(7,\) instead"),
+        (lambda w: w.update({"encoder.norm.weight": torch.zeros(16, dtype=torch.long)}), "no floating-point numbers"),
+        (lambda w: w.update({1: torch.zeros(3)}), "holds no weights"),
+    ],
+)
+def test_broken_official_files_have_clear_errors(change, message, tmp_path):
+    weights = random_weights(official_shapes(**TINY))
+    change(weights)
+    path = write_official(tmp_path / "official.pth", weights, model=ROW)
+    with pytest.raises(CheckpointError, match=message):
+        import_checkpoint(path, tmp_path / "model", **HEADS)
+
+
+def test_impossible_values_and_outputs_have_clear_errors(official, tmp_path):
+    for values in ({"image_size": 33}, {"decoder_num_attention_heads": 3}):
+        with pytest.raises(CheckpointError, match=next(iter(values))):
+            import_checkpoint(official, tmp_path / "model", **values)
+    with pytest.raises(CheckpointError, match="a file; a folder is needed"):
+        import_checkpoint(official, official, **HEADS)
+    save_model(GreenMIMModel, tmp_path / "model")
+    with pytest.raises(CheckpointError, match="timm needs a file"):
+        export_model(str(tmp_path / "model"), "timm", str(tmp_path))
+    with pytest.raises(CheckpointError, match="transformers-swin needs a folder"):
+        export_model(str(tmp_path / "model"), "transformers-swin", str(official))
+    with pytest.raises(CheckpointError, match="`model` '/nowhere'"):
+        export_model("/nowhere", "timm", str(tmp_path / "t.pth"))
+    (tmp_path / "swin").mkdir()
+    (tmp_path / "swin" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="swin"):
+        read_checkpoint(tmp_path / "swin")
 
 
 def test_command_line(official, tmp_path, capsys):

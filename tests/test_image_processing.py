@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 
 from modeling_greenmim import GreenMIMImageProcessorPil
@@ -42,3 +43,11 @@ def test_arrays_are_taken_as_they_are():
     processor = build_image_processor(tiny_config(num_channels=1))
     array = np.full((1, 32, 32), 255, dtype=np.uint8)
     assert processor(array, return_tensors="pt").pixel_values.shape == (1, 1, 32, 32)
+
+
+def test_16_bit_images_keep_their_range():
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    processor = build_image_processor(tiny_config(num_channels=1, image_size=32))
+    pixels = processor(Image.fromarray(ramp), return_tensors="np")["pixel_values"]
+    expected = processor(Image.fromarray((ramp >> 8).astype(np.uint8)), return_tensors="np")["pixel_values"]
+    assert np.array_equal(pixels, expected) and len(np.unique(pixels)) > 200

@@ -5,11 +5,12 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 import run_mim
-from modeling_greenmim import GreenMIMConfig, GreenMIMForPreTraining
-from modeling_greenmim.conversion import build_parser, model_card
+from modeling_greenmim import GreenMIMConfig, GreenMIMForImageClassification, GreenMIMForPreTraining, GreenMIMModel
+from modeling_greenmim.conversion import Checkpoint, build_parser, model_card
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 from tests.hub_server import serve
 from tests.test_hub import execute
@@ -93,11 +94,20 @@ def test_commands_in_the_cards_are_understood():
 
 
 def test_imported_weights_get_the_right_card():
-    base = GreenMIMConfig()
-    assert "# GreenMIM Swin-B, window 7\n" in model_card(base, "official", "a.pth", "out")
-    wide = GreenMIMConfig(window_size=14, embed_dim=192, num_heads=[6, 12, 24, 48])
-    assert "# GreenMIM Swin-L, window 14\n" in model_card(wide, "official", "a.pth", "out")
-    for config, kind in ((base, "microsoft"), (GreenMIMConfig(depths=[2, 2, 6, 2]), "official")):
-        text = model_card(config, kind, "a.pth", "models/mine")
-        assert "# mine\n" in text and "`a.pth`" in text and 'from_pretrained("models/mine"' in text
-        assert ModelCard(text).data.license is None and "{" not in text.split("## Citation")[0]
+    released = Checkpoint("official", {}, "green_mim_swin_base_patch4_dec5121b1")
+    wide = {"window_size": 14, "embed_dim": 192, "num_heads": [6, 12, 24, 48]}
+    with torch.device("meta"):
+        base, large, other = (GreenMIMModel(GreenMIMConfig(**values)) for values in ({}, wide, {"image_size": 448}))
+        classifier = GreenMIMForImageClassification(GreenMIMConfig())
+    assert "# GreenMIM Swin-B, window 7\n" in model_card(base, released, "a.pth", "mine")
+    assert "# GreenMIM Swin-L, window 14\n" in model_card(large, released, "a.pth", "mine")
+    own = Checkpoint("official", {}, "green_mim_swin_patch4_dec512b1")
+    for model, checkpoint in ((base, own), (other, released), (base, Checkpoint("microsoft", {}))):
+        text = model_card(model, checkpoint, "a.pth", "mine", " --image_size 224")
+        assert "# mine\n" in text and "`a.pth`" in text and "--output mine --image_size 224\n" in text
+        assert 'AutoModel.from_pretrained("mine"' in text and "{" not in text.split("## Citation")[0]
+        card = ModelCard(text)
+        assert card.data.license is None and card.data.pipeline_tag == "image-feature-extraction"
+    text = model_card(classifier, Checkpoint("timm", {}), "a.pth", "mine")
+    assert "AutoModelForImageClassification.from_pretrained" in text
+    assert ModelCard(text).data.pipeline_tag == "image-classification"
