@@ -6,7 +6,8 @@
 
 They start from the checkpoint of `make pretrain`; the others pre-train as it does what they compare with. Each
 classifier is a run of run_image_classification.py with the arguments that are printed. Finished runs are kept under
---output_dir and not repeated: a study may be interrupted. Its table goes to docs/results/elpv-<study>.md.
+--output_dir and not repeated: a study may be interrupted. Its table goes to docs/results/elpv.md, or
+docs/results/elpv-<study>.md.
 """
 
 import argparse
@@ -351,7 +352,8 @@ def main() -> None:
     rows, text = STUDIES[args.study](args)
     minutes = math.ceil((time.time() - start) / 60)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    page = ROOT / "docs" / "results" / f"elpv-{args.study}.md"
+    name = "elpv" if args.study == "methods" else f"elpv-{args.study}"
+    page = ROOT / "docs" / "results" / f"{name}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     title = f"# ELPV: {STUDIES[args.study].__doc__.strip().rstrip('.')}"
     seeds = f"Mean and standard deviation of percentages over the seeds {args.seeds}; {device}, {minutes} minutes."
