@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
@@ -18,11 +20,14 @@ from transformers import (
     MaskFormerSwinConfig,
     SwinConfig,
     SwinModel,
+    Trainer,
+    TrainingArguments,
     UperNetConfig,
     UperNetForSemanticSegmentation,
 )
 
 from modeling_greenmim import GreenMIMBackbone, GreenMIMConfig, GreenMIMForPreTraining
+from modeling_greenmim.image_processing_greenmim import build_image_processor
 from tests.oracle import assert_close, random_images, randomize, tiny_config
 from tests.test_swin import copy_to_swin
 
@@ -178,3 +183,37 @@ def test_calls_of_run_mim(tmp_path):
     assert outputs.mask.sum(dim=1).tolist() == [27, 27, 27]
     with pytest.raises(Exception, match="encoder_stride"):
         copy.deepcopy(config).update({"encoder_stride": 7})
+
+
+def test_calls_of_run_image_classification(tmp_path):
+    GreenMIMForPreTraining(tiny_config()).save_pretrained(tmp_path)
+    build_image_processor(tiny_config()).save_pretrained(tmp_path)
+    label2id = {"cat": "0", "dog": "1", "owl": "2"}  # the script's numbers are strings
+    id2label = {number: name for name, number in label2id.items()}
+    config = AutoConfig.from_pretrained(
+        tmp_path, num_labels=3, label2id=label2id, id2label=id2label, finetuning_task="image-classification"
+    )
+    model = AutoModelForImageClassification.from_pretrained(tmp_path, config=config, ignore_mismatched_sizes=True)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert "shortest_edge" in processor.size or (processor.size["height"], processor.size["width"]) == (96, 96)
+    assert len(processor.image_mean) == len(processor.image_std) == 3
+    examples = [{"pixel_values": torch.randn(3, 96, 96), "labels": label} for label in (0, 2, 1)]
+    args = TrainingArguments(str(tmp_path / "out"), max_steps=1, report_to="none", remove_unused_columns=False)
+
+    def collate(batch):
+        pixel_values = torch.stack([example["pixel_values"] for example in batch])
+        return {"pixel_values": pixel_values, "labels": torch.tensor([example["labels"] for example in batch])}
+
+    trainer = Trainer(
+        model,
+        args,
+        data_collator=collate,
+        train_dataset=examples,
+        eval_dataset=examples,
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(axis=1) == p.label_ids).mean())},
+        processing_class=processor,
+    )
+    trainer.train()
+    assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+    trainer.save_model()
+    assert AutoConfig.from_pretrained(tmp_path / "out").id2label == {0: "cat", 1: "dog", 2: "owl"}
