@@ -61,7 +61,7 @@ SWIN_PARTS = [
 PROJECTION = "patch_embed.proj.weight"
 # What models compute anew, or what no other task uses.
 BUFFERS = re.compile(r"(relative_position_index|attn_mask)$|^decoder_pos_embed$")
-SIMMIM_ONLY = re.compile(r"^(mask_token$|decoder\.)")
+SIMMIM_ONLY = re.compile(r"^(encoder\.mask_token$|decoder\.)")
 # Of the four tokens (row, column) that merging joins: where each of (0,0), (1,0), (0,1), (1,1) is in row order.
 FROM_ROW_ORDER = [0, 2, 1, 3]
 # Values of the configuration that no weight tells, by their names in `args`.
@@ -134,28 +134,25 @@ def to_microsoft(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.view(shape) if name == PROJECTION else tensor for name, tensor in weights.items()}
 
 
+def _move_merging(weights: dict[str, torch.Tensor], stages: int) -> dict[str, torch.Tensor]:
+    """Merging moved by so many stages: in timm a stage begins with what ends Microsoft's stage before it."""
+
+    def moved(found: re.Match) -> str:
+        return f"layers.{int(found[1]) + stages}.downsample."
+
+    return {re.sub(r"^layers\.(\d+)\.downsample\.", moved, name): tensor for name, tensor in weights.items()}
+
+
 def from_timm(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """timm's names -> Microsoft's: in timm a stage begins with the merging that ends Microsoft's stage before it."""
-
-    def rename(name: str) -> str:
-        name = re.sub(
-            r"^layers\.(\d+)\.downsample\.", lambda found: f"layers.{int(found[1]) - 1}.downsample.", name, count=1
-        )
-        return name.replace("head.fc.", "head.", 1)
-
-    return {rename(name): tensor for name, tensor in weights.items()}
+    """timm's names -> Microsoft's. Before version 0.9 timm's stages, too, ended with their merging."""
+    if "layers.0.downsample.norm.weight" not in weights:
+        weights = _move_merging(weights, -1)
+    return {name.replace("head.fc.", "head.", 1): tensor for name, tensor in weights.items()}
 
 
 def to_timm(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Microsoft's names -> timm's."""
-
-    def rename(name: str) -> str:
-        name = re.sub(
-            r"^layers\.(\d+)\.downsample\.", lambda found: f"layers.{int(found[1]) + 1}.downsample.", name, count=1
-        )
-        return re.sub(r"^head\.", "head.fc.", name)
-
-    return {rename(name): tensor for name, tensor in weights.items()}
+    return {re.sub(r"^head\.", "head.fc.", name): tensor for name, tensor in _move_merging(weights, 1).items()}
 
 
 def from_transformers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -260,16 +257,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         kind = "official"
     elif f"encoder.{PROJECTION}" in weights:
         kind = "simmim"
-        weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
         weights = {name: tensor for name, tensor in weights.items() if not SIMMIM_ONLY.match(name)}
     elif "head.fc.weight" in weights or (
         "layers.0.downsample.norm.weight" not in weights and "layers.1.downsample.norm.weight" in weights
     ):
         kind = "timm"
-        # Before version 0.9 timm's stages ended with their merging.
-        if "layers.0.downsample.norm.weight" not in weights:
-            weights = from_timm(weights)
-        weights = {name.replace("head.fc.", "head.", 1): tensor for name, tensor in weights.items()}
+        weights = from_timm(weights)
     weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
     if PROJECTION not in weights or weights[PROJECTION].ndim != 4:
         raise CheckpointError(
@@ -616,8 +609,7 @@ def difference(model: nn.Module, other) -> float:
     encoder = getattr(model, "greenmim", model)
     height, width = model.config.image_height_and_width
     image = torch.randn(1, model.config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
-    rows, columns = model.config.unit_grid
-    ours, theirs = encoder(image).last_hidden_state, other(image).view(1, rows * columns, -1)
+    ours, theirs = encoder(image).last_hidden_state, other(image)
     return ((ours - theirs).abs().max() / ours.abs().max()).item()
 
 

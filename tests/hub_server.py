@@ -34,7 +34,6 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.cuts = 0
         self.uploads: list[int] = []
-        self.requests: list[str] = []
         self.lock = threading.Lock()
 
     def create(self, repo: str) -> None:
@@ -104,7 +103,6 @@ def handler_of(hub: Hub):
 
         def do_GET(self):
             path = unquote(urlsplit(self.path).path)
-            hub.requests.append(f"{self.command} {path}")
             if path == "/api/whoami-v2":
                 if self.is_owner():
                     self.answer_json({"name": USER, "type": "user", "orgs": [], "auth": {"type": "access_token"}})
@@ -160,7 +158,6 @@ def handler_of(hub: Hub):
 
         def do_POST(self):
             path = unquote(urlsplit(self.path).path)
-            hub.requests.append(f"POST {path}")
             if path == "/api/validate-yaml":
                 self.body()
                 return self.answer_json({"errors": [], "warnings": []})
@@ -188,10 +185,6 @@ def handler_of(hub: Hub):
                 self.batch(json.loads(self.body()))
             elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", path):
                 self.commit(found[1], found[2], self.body())
-            elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(tag|branch)/([^/]+)", path):
-                self.body()
-                hub.branches[found[1]][found[3]] = hub.at(found[1], "main")[0]
-                self.answer_json({})
             else:
                 self.body()
                 self.refuse(404, "RepoNotFound")

@@ -254,6 +254,13 @@ def test_evaluation_goes_by_the_names_of_classes(finetuned, folders, tmp_path):
     )
 
 
+def normalized(paths: list[str], share: float = 224 / 256) -> torch.Tensor:
+    """Images as the script evaluates them."""
+    images = torch.stack([EvalTransform((32, 32), 3, share)(path) for path in paths])
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    return (images / 255 - mean) / std
+
+
 def test_images_without_labels_are_predicted(finetuned, folders, tmp_path):
     output = classify(
         tmp_path / "out", "--model_name_or_path", finetuned, "--test_dir", folders / "unlabelled", "--do_predict"
@@ -263,10 +270,8 @@ def test_images_without_labels_are_predicted(finetuned, folders, tmp_path):
     assert [Path(line["image"]).name for line in lines] == ["broken.png", "000.png", "001.png", "002.png"]
     assert [bool(line["prediction"]) for line in lines] == [False, True, True, True]
     model = AutoModelForImageClassification.from_pretrained(finetuned).eval()
-    images = torch.stack([EvalTransform((32, 32), 3)(line["image"]) for line in lines[1:]])
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     with torch.no_grad():
-        expected = model((images / 255 - mean) / std).logits.softmax(dim=1)
+        expected = model(normalized([line["image"] for line in lines[1:]])).logits.softmax(dim=1)
     found = [[float(line[name]) for name in NAMES] for line in lines[1:]]
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
@@ -275,10 +280,8 @@ def test_whole_images_are_evaluated_on_request(finetuned, folders, tmp_path):
     given = ("--model_name_or_path", finetuned, "--test_dir", folders / "unlabelled", "--do_predict")
     lines = predictions_of(classify(tmp_path / "out", *given, "--crop_pct", 1))[1:]
     model = AutoModelForImageClassification.from_pretrained(finetuned).eval()
-    images = torch.stack([EvalTransform((32, 32), 3, share=1.0)(line["image"]) for line in lines])
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     with torch.no_grad():
-        expected = model((images / 255 - mean) / std).logits.softmax(dim=1)
+        expected = model(normalized([line["image"] for line in lines], share=1.0)).logits.softmax(dim=1)
     found = [[float(line[name]) for name in NAMES] for line in lines]
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
@@ -315,9 +318,7 @@ def brute_force_neighbours(bank, labels, queries, k, temperature):
 
 @torch.no_grad()
 def pooled_features(model, paths: list[str]) -> np.ndarray:
-    images = torch.stack([EvalTransform((32, 32), 3)(path) for path in paths])
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-    return model.greenmim((images / 255 - mean) / std).last_hidden_state.mean(dim=1).numpy().astype(np.float64)
+    return model.greenmim(normalized(paths)).last_hidden_state.mean(dim=1).numpy().astype(np.float64)
 
 
 def test_nearest_neighbours(finetuned, folders, tmp_path):
