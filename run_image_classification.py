@@ -30,6 +30,7 @@ from training_greenmim.data import (
     EveryImage,
     ImageDataset,
     check_first_readable,
+    decoded_once,
     elpv,
     load_folder,
 )
@@ -281,7 +282,8 @@ def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, c
     train = None
     if args.do_train:
         transform = TrainTransform(size, channels, scale=(args.min_crop_scale, 1.0))
-        train = ImageDataset(parts.train.records, "image", transform, args.seed, labels.LABEL)
+        records = decoded_once(parts.train.records, "image") if args.decode_once else parts.train.records
+        train = ImageDataset(records, "image", transform, args.seed, labels.LABEL)
         batch = args.train_batch_size * args.world_size
         if len(train) < batch:
             raise ValueError(

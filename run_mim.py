@@ -24,6 +24,7 @@ from training_greenmim.data import (
     ImageDataset,
     ImageStream,
     check_first_readable,
+    decoded_once,
     elpv,
     find_image_column,
     load_folder,
@@ -133,6 +134,8 @@ def load_data(data: DataArguments, args: MIMTrainingArguments):
     elif args.do_eval:
         parts = train.train_test_split(data.train_val_split, seed=args.seed)
         train, validation = parts["train"], parts["test"]
+    if data.streaming and args.decode_once:
+        raise ValueError("`decode_once` is set, but a stream is not kept; give one of `decode_once` and `streaming`.")
     if data.streaming and args.do_train and args.max_steps <= 0:
         raise ValueError("`streaming` is set: a stream has no known length, so `max_steps` is needed.")
     return limit(train, data.max_train_samples), limit(validation, data.max_eval_samples), column, argument
@@ -152,6 +155,8 @@ def build_datasets(data: DataArguments, args: MIMTrainingArguments, config) -> t
     if channels not in (1, 3):
         raise ValueError(f"`num_channels` is {channels}; images have 1 (grey) or 3 (RGB).")
     check_first_readable(train, column, size, channels, argument)
+    if args.decode_once:
+        train = decoded_once(train, column)
     train_dataset = eval_dataset = None
     if args.do_train:
         transform = TrainTransform(size, channels, scale=(data.min_crop_scale, 1.0))

@@ -76,7 +76,7 @@ def classify(folder: Path, *flags) -> dict:
         common = ["--output_dir", folder, "--do_eval", "--report_to", "none", "--save_strategy", "no"]
         common += ["--per_device_train_batch_size", 32, "--per_device_eval_batch_size", 64, "--disable_tqdm", "true"]
         # Workers that outlive a run would keep the next one waiting.
-        common += ["--dataloader_persistent_workers", "false"]
+        common += ["--dataloader_persistent_workers", "false", "--decode_once", "true"]
         argv = [str(value) for value in (*common, *flags)]
         print("python run_image_classification.py", *argv, flush=True)
         run_image_classification.main(argv)

@@ -19,6 +19,7 @@ from training_greenmim.data import (
     ImageStream,
     check_first_readable,
     collate,
+    decoded_once,
     elpv,
     find_image_column,
     load_folder,
@@ -51,6 +52,22 @@ def image_dataset(contents: list[bytes], transform=EVALUATION, seed: int = 0) ->
 
 
 # ImageDataset
+
+
+def test_images_decoded_once_give_the_same_samples_without_their_encoding():
+    grey, colour = noise_image(0, height=40, width=64).convert("L"), noise_image(1, height=40, width=64)
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    contents = [encoded(grey), encoded(colour), encoded(colour, exif=orientation), encoded(colour.convert("RGBA"))]
+    contents.append(encoded(Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64))))
+    encoded_images = records_of([*contents, b"broken"])
+    decoded = decoded_once(encoded_images, "image")
+    assert [record["image"]["bytes"][:2] for record in decoded] == [b"P5", b"P6", b"P6", b"P6", b"P5", b"br"]
+    for transform in (EVALUATION, TRAINING):
+        expected, samples = (ImageDataset(records, "image", transform, 0) for records in (encoded_images, decoded))
+        for index in range(len(contents) + 1):
+            assert torch.equal(samples[3, index]["pixel_values"], expected[3, index]["pixel_values"])
+            assert samples[3, index]["unreadable"] == expected[3, index]["unreadable"]
 
 
 def test_dataset_delivers_each_image():

@@ -345,6 +345,22 @@ def test_stream_needs_max_steps(tmp_path):
         run(tmp_path / "out", "--dataset_name", data, "--streaming", "--do_train")
 
 
+def test_stream_cannot_be_decoded_once(tmp_path):
+    data = write_webdataset(tmp_path / "data", [encoded(noise_image(0))])
+    with pytest.raises(ValueError, match=r"`decode_once` is set.*`streaming`"):
+        run(tmp_path / "out", "--dataset_name", data, "--streaming", "--decode_once", "--do_train", "--max_steps", 1)
+
+
+def test_decoding_once_changes_no_loss(tmp_path):
+    write_images(tmp_path / "data", 6)
+    options = ("--train_dir", tmp_path / "data", "--do_train", "--max_steps", 3)
+    losses = [
+        results_of(run(tmp_path / name, *options, *flag))["train_loss"]
+        for name, flag in (("each-time", ()), ("once", ("--decode_once",)))
+    ]
+    assert losses[0] == losses[1]
+
+
 def test_stream_without_a_validation_split_cannot_be_evaluated(tmp_path):
     data = write_parquet(tmp_path / "data", 4)
     with pytest.raises(ValueError, match=r"`do_eval` is set.*validation"):

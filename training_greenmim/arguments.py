@@ -55,6 +55,13 @@ class ImageTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Pin batches in memory; default: where there is a CUDA device."}
     )
     dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep workers between epochs."})
+    decode_once: bool = field(
+        default=False,
+        metadata={
+            "help": "Decode images once before the first epoch: faster where decoding limits the speed, as with PNGs,"
+            " and all decoded images fit on the disk."
+        },
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters without gradient; every step uses all of them."}
     )

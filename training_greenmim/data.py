@@ -13,7 +13,7 @@ import torch
 from datasets import Image as ImageFeature
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from .images import EvalTransform, UnreadableImageError, read
+from .images import EvalTransform, UnreadableImageError, decode, read
 from .randomness import AUGMENTATION, SHUFFLE, derived_generator, derived_torch_generator
 
 
@@ -278,6 +278,21 @@ def undecoded(records, column: str, *others: str):
     if not is_image:
         raise ValueError(f"`image_column_name` is {column!r}, a column of {feature}; images are needed.")
     return records.select_columns([column, *others]).cast_column(column, ImageFeature(decode=False))
+
+
+def decoded_once(records: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The data set with its images kept uncompressed, in a file of `datasets`' cache that all workers share.
+
+    An unreadable image stays as it is.
+    """
+
+    def keep_decoded(record):
+        try:
+            return {column: {"bytes": decode(record[column]), "path": record[column]["path"]}}
+        except UnreadableImageError:
+            return record
+
+    return records.map(keep_decoded, desc="Decoding images", writer_batch_size=100)
 
 
 def check_first_readable(records, column: str, size: tuple[int, int], channels: int, argument: str) -> None:

@@ -52,6 +52,21 @@ def flatten_mode(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def decode(source) -> bytes:
+    """The upright image of a source, uncompressed, in the format of Netpbm: opening it again takes no decoding.
+
+    Raises:
+        `UnreadableImageError`: as in `read`.
+    """
+
+    def write(source, generator):
+        image, encoded = flatten_mode(ImageOps.exif_transpose(open_image(source))), BytesIO()
+        image.convert("L" if image.mode == "L" else "RGB").save(encoded, "PPM")
+        return encoded.getvalue()
+
+    return read(source, write, None)
+
+
 def random_crop_box(
     width: int, height: int, aspect: float, generator: np.random.Generator, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)
 ) -> Box:
