@@ -1,5 +1,5 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Window attention among visible tokens, in groups, with relative position bias (paper, section 3.2)."""
+"""Window attention among visible tokens, in groups (paper, section 3.2)."""
 
 import torch
 from torch import nn
@@ -55,21 +55,27 @@ class GreenMIMWindowAttention(nn.Module):
         width: channels of the stage.
         num_heads: heads of the stage.
         window_size: side of the stage's windows in tokens.
+        position_bias: whether a bias for each relative position is learned (Swin) or none (Twins).
     """
 
     is_causal = False
 
-    def __init__(self, config: GreenMIMConfig, width: int, num_heads: int, window_size: int):
+    def __init__(
+        self, config: GreenMIMConfig, width: int, num_heads: int, window_size: int, position_bias: bool = True
+    ):
         super().__init__()
         self.config = config
         self.num_heads = num_heads
+        self.table_size = (2 * window_size - 1) ** 2
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.proj = nn.Linear(width, width)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+        table = nn.Parameter(torch.zeros(self.table_size, num_heads)) if position_bias else None
+        self.register_parameter("relative_position_bias_table", table)
 
     def initialize_weights(self):
-        """Draws the bias table from a truncated normal distribution."""
-        init.trunc_normal_(self.relative_position_bias_table, std=self.config.initializer_range)
+        """Draws the bias table, if there is one, from a truncated normal distribution."""
+        if self.relative_position_bias_table is not None:
+            init.trunc_normal_(self.relative_position_bias_table, std=self.config.initializer_range)
 
     def forward(self, hidden_states: torch.Tensor, plan: GroupPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(batch, num_tokens, width)` -> the same, and attention weights `(batch, heads * groups, slots, slots)`.
@@ -87,7 +93,7 @@ class GreenMIMWindowAttention(nn.Module):
         # (batch, groups * slots, 3 * width) -> (batch, heads * groups, slots, head_dim) each, in one copy
         qkv = qkv.unflatten(2, (3, self.num_heads, -1)).unflatten(1, (num_groups, -1))
         query, key, value = qkv.permute(3, 0, 4, 1, 2, 5).flatten(2, 3).unbind()
-        output, weights = attend(self, query, key, value, self.position_bias(plan, query.dtype))
+        output, weights = attend(self, query, key, value, self.bias(plan, query.dtype))
         output = output.unflatten(2, (self.num_heads, -1)).permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)
         if moves:
             output = self._to_tokens(output, plan)
@@ -105,9 +111,12 @@ class GreenMIMWindowAttention(nn.Module):
             return take_tokens(slots, plan.slot_of_token)
         return move_tokens(slots, plan.slot_of_token, plan.token_of_slot.flatten(1))
 
-    def position_bias(self, plan: GroupPlan, dtype: torch.dtype) -> torch.Tensor:
+    def bias(self, plan: GroupPlan, dtype: torch.dtype) -> torch.Tensor:
         """Bias of every pair of slots, -inf across windows: `(plans, heads * groups, slots, slots)`."""
-        table = nn.functional.pad(self.relative_position_bias_table.t().to(dtype), (1, 1), value=-torch.inf)
+        table = self.relative_position_bias_table
+        if table is None:
+            table = torch.zeros(self.table_size, self.num_heads, device=plan.bias_index.device)
+        table = nn.functional.pad(table.t().to(dtype), (1, 1), value=-torch.inf)
         bias = table.index_select(1, plan.bias_index.flatten()).unflatten(1, plan.bias_index.shape)
         return bias.transpose(0, 1).flatten(1, 2)
 

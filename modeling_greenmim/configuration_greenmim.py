@@ -43,7 +43,9 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
             window of each stage; other input sizes are accepted at run time.
         patch_size (`int`, *optional*, defaults to 4): Side of the patches that the first stage sees, in pixels.
         num_channels (`int`, *optional*, defaults to 3): Number of image channels.
-        backbone_type (`str`, *optional*, defaults to `"swin"`): Hierarchical encoder; only `"swin"` so far.
+        backbone_type (`str`, *optional*, defaults to `"swin"`):
+            Hierarchical encoder: `"swin"`, or `"twins"` (Twins-SVT), whose blocks alternate attention in windows with
+            attention to one key per mask unit.
         embed_dim (`int`, *optional*, defaults to 128): Width of the first stage; each next stage doubles it.
         depths (`list[int]`, *optional*, defaults to `(2, 2, 18, 2)`): Number of blocks of each stage.
         num_heads (`list[int]`, *optional*, defaults to `(4, 8, 16, 32)`): Number of attention heads of each stage.
@@ -168,7 +170,8 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         self._validate_decoder()
 
     def _validate_encoder(self):
-        _require(self.backbone_type == "swin", "backbone_type", self.backbone_type, 'only "swin" is available')
+        known = self.backbone_type in ("swin", "twins")
+        _require(known, "backbone_type", self.backbone_type, 'it must be "swin" or "twins"')
         _require(len(self.depths) > 0, "depths", self.depths, "at least one stage is needed")
         same_length = f"it needs one entry per stage as `depths` ({self.depths}) has"
         _require(len(self.num_heads) == len(self.depths), "num_heads", self.num_heads, same_length)

@@ -1,10 +1,8 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints in and out: official GreenMIM, SimMIM, Microsoft's, timm's and Transformers' Swin.
+"""Checkpoints in and out: official GreenMIM, SimMIM, Microsoft's, timm's and Transformers' Swin, and Twins.
 
-    python -m modeling_greenmim.conversion import --checkpoint FILE.pth --output DIR
-    python -m modeling_greenmim.conversion export --model DIR --to timm --output FILE.safetensors
-
-Every format is read by way of Microsoft Swin's names, which official GreenMIM, SimMIM and timm share but for details.
+python -m modeling_greenmim.conversion import --checkpoint FILE.pth --output DIR
+python -m modeling_greenmim.conversion export --model DIR --to timm --output FILE.safetensors
 """
 
 import argparse
@@ -34,38 +32,30 @@ from transformers import (
 
 from . import GreenMIMConfig, GreenMIMForImageClassification, GreenMIMForPreTraining, GreenMIMModel
 from .decoder import sincos_positions
+from .formats import (
+    PROJECTION,
+    from_microsoft,
+    from_timm,
+    from_transformers,
+    from_twins,
+    is_twins,
+    rows_to_columns,
+    to_microsoft,
+    to_timm,
+    to_transformers,
+    to_twins,
+)
 from .image_processing_greenmim import GreenMIMImageProcessorPil, build_image_processor
 from .resizing import BIAS_TABLE, window_of_table
 from .swin import stage_windows
 
 
-# Pairs of names, ours first. The first group begins a name, the second may be anywhere in it.
-BEGINNINGS = [
-    ("greenmim.embeddings.patch_embeddings.projection.", "patch_embed.proj."),
-    ("greenmim.embeddings.norm.", "patch_embed.norm."),
-    ("greenmim.encoder.layers.", "layers."),
-    ("greenmim.layernorm.", "norm."),
-    ("classifier.", "head."),
-    ("decoder.decoder_layers.", "decoder_blocks."),
-    ("decoder.decoder_embed.", "decoder_embed."),
-    ("decoder.decoder_norm.", "decoder_norm."),
-    ("decoder.decoder_pred.", "decoder_pred."),
-    ("decoder.mask_token", "mask_token"),
-]
-PARTS = [(".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."), (".attention.", ".attn.")]
-# Pairs of names within Transformers' Swin, ours first; queries, keys and values are apart there.
-SWIN_PARTS = [
-    ("attention.proj.", "attention.o_proj."),
-    (f"attention.{BIAS_TABLE}", f"attention.relative_position_bias.{BIAS_TABLE}"),
-]
-PROJECTION = "patch_embed.proj.weight"
 # What models compute anew, or what no other task uses.
 BUFFERS = re.compile(r"(relative_position_index|attn_mask)$|^decoder_pos_embed$")
 SIMMIM_ONLY = re.compile(r"^(encoder\.mask_token$|decoder\.)")
-# Of the four tokens (row, column) that merging joins: where each of (0,0), (1,0), (0,1), (1,1) is in row order.
-FROM_ROW_ORDER = [0, 2, 1, 3]
 # Values of the configuration that no weight tells, by their names in `args`.
 TOLD = {"decoder_num_attention_heads": "decoder_num_heads", "layer_norm_eps": "layer_norm_eps"}
+TOLD_OF_TWINS = {"num_heads": "num_heads", "window_size": "window_size"}
 FORMATS = ("transformers-swin", "microsoft-swin", "timm", "original")
 # Width, depths and window of the models that were released, and their cards.
 RELEASED = {
@@ -78,9 +68,9 @@ KINDS = {
     "simmim": "SimMIM",
     "microsoft": "Microsoft's Swin",
     "timm": "timm",
+    "twins": "Twins",
     "transformers": "Transformers' Swin",
 }
-MERGING = re.compile(r"(^|\.)layers\.\d+\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)$")
 
 
 class CheckpointError(ValueError):
@@ -92,7 +82,7 @@ class Checkpoint:
     """Weights by Microsoft Swin's names, and what else a source tells.
 
     Attributes:
-        kind: where it comes from: official, simmim, microsoft, timm or transformers.
+        kind: where it comes from: official, simmim, microsoft, timm, twins or transformers.
         weights: without buffers; those of official pre-training include the decoder's.
         model_name: `args.model` of official files, else empty.
         image_size: side in pixels, if the source tells it.
@@ -104,86 +94,6 @@ class Checkpoint:
     model_name: str = ""
     image_size: int | list[int] | None = None
     values: dict = field(default_factory=dict)
-
-
-# Names
-
-
-def _replace(name: str, column: int) -> str:
-    """Our name of one of Microsoft's (`column` 0), or the other way round (1)."""
-    for pair in BEGINNINGS:
-        if name.startswith(pair[1 - column]):
-            name = pair[column] + name.removeprefix(pair[1 - column])
-            break
-    for pair in PARTS:
-        name = name.replace(pair[1 - column], pair[column])
-    return name
-
-
-def from_microsoft(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights by Microsoft Swin's and official GreenMIM's names -> by those of our models with a head or decoder."""
-    return {_replace(name, 0): tensor.flatten(1) if name == PROJECTION else tensor for name, tensor in weights.items()}
-
-
-def to_microsoft(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of one of our models, by Microsoft Swin's and official GreenMIM's names."""
-    config = model.config
-    prefix = "greenmim." if isinstance(model, GreenMIMModel) else ""
-    weights = {_replace(prefix + name, 1): tensor.detach() for name, tensor in model.state_dict().items()}
-    shape = (config.embed_dim, config.num_channels, config.patch_size, config.patch_size)
-    return {name: tensor.view(shape) if name == PROJECTION else tensor for name, tensor in weights.items()}
-
-
-def _move_merging(weights: dict[str, torch.Tensor], stages: int) -> dict[str, torch.Tensor]:
-    """Merging moved by so many stages: in timm a stage begins with what ends Microsoft's stage before it."""
-
-    def moved(found: re.Match) -> str:
-        return f"layers.{int(found[1]) + stages}.downsample."
-
-    return {re.sub(r"^layers\.(\d+)\.downsample\.", moved, name): tensor for name, tensor in weights.items()}
-
-
-def from_timm(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """timm's names -> Microsoft's. Before version 0.9 timm's stages, too, ended with their merging."""
-    if "layers.0.downsample.norm.weight" not in weights:
-        weights = _move_merging(weights, -1)
-    return {name.replace("head.fc.", "head.", 1): tensor for name, tensor in weights.items()}
-
-
-def to_timm(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Microsoft's names -> timm's."""
-    return {re.sub(r"^head\.", "head.fc.", name): tensor for name, tensor in _move_merging(weights, 1).items()}
-
-
-def from_transformers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The encoder, and the classifier if there is one, of a Swin of Transformers, by Microsoft's names."""
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if name.startswith(("decoder.", "swin.embeddings.mask_token", "embeddings.mask_token")):
-            continue  # SimMIM's
-        name = name if name.startswith("classifier.") else "greenmim." + name.removeprefix("swin.")
-        for ours, theirs in SWIN_PARTS:
-            name = name.replace(theirs, ours)
-        state[name] = tensor
-    for name in [name for name in state if ".q_proj." in name]:
-        joined = [state.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
-        state[name.replace(".q_proj.", ".qkv.")] = torch.cat(joined)
-    return {_replace(name, 1): tensor for name, tensor in state.items()}
-
-
-def to_transformers(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Microsoft's names -> those of `SwinForImageClassification`."""
-    state = {}
-    for name, tensor in weights.items():
-        name = _replace(name, 0).replace("greenmim.", "swin.", 1)
-        for ours, theirs in SWIN_PARTS:
-            name = name.replace(ours, theirs)
-        if ".attention.qkv." in name:
-            for part, piece in zip("qkv", tensor.chunk(3)):
-                state[name.replace(".qkv.", f".{part}_proj.")] = piece
-        else:
-            state[name] = tensor
-    return state
 
 
 # Reading
@@ -239,7 +149,7 @@ def _weights_of(content, path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads an official, SimMIM, Microsoft or timm file, or a folder of Transformers' Swin.
+    """Reads an official, SimMIM, Microsoft, timm or Twins file, or a folder of Transformers' Swin.
 
     Raises:
         `CheckpointError`: when it is none of these.
@@ -250,30 +160,40 @@ def read_checkpoint(path: Path) -> Checkpoint:
     weights = _weights_of(content, path)
     args = content.get("args")
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
-    if any(name.removeprefix("encoder.").startswith("patch_embeds.") for name in weights):
-        raise CheckpointError(f"`checkpoint` {str(path)!r} is a Twins; only Swin can be converted.")
-    kind = "microsoft"
-    if any(is_of_decoder(name) for name in weights):
-        kind = "official"
-    elif f"encoder.{PROJECTION}" in weights:
-        kind = "simmim"
-        weights = {name: tensor for name, tensor in weights.items() if not SIMMIM_ONLY.match(name)}
-    elif "head.fc.weight" in weights or (
-        "layers.0.downsample.norm.weight" not in weights and "layers.1.downsample.norm.weight" in weights
-    ):
-        kind = "timm"
-        weights = from_timm(weights)
-    weights = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
+    with clear_errors(f"`checkpoint` {str(path)!r}"):
+        kind, weights = _recognize(weights)
     if PROJECTION not in weights or weights[PROJECTION].ndim != 4:
         raise CheckpointError(
-            f"`checkpoint` {str(path)!r} is no Swin: it has no {PROJECTION!r} of four dimensions, but"
+            f"`checkpoint` {str(path)!r} is no Swin or Twins: it has no {PROJECTION!r} of four dimensions, but"
             f" {', '.join(list(weights)[:5])}, ..."
         )
     image_size = args.get("input_size") or _image_size(weights)
     weights = {name: tensor for name, tensor in weights.items() if not BUFFERS.search(name)}
     # Our exports in the official layout tell more than official files do.
-    told = {ours: args[theirs] for ours, theirs in TOLD.items() if theirs in args}
+    names = TOLD | TOLD_OF_TWINS if _is_of_twins(weights) else TOLD
+    told = {ours: args[theirs] for ours, theirs in names.items() if theirs in args}
     return Checkpoint(kind, weights, str(args.get("model", "")), image_size, told)
+
+
+def _recognize(weights: dict[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
+    """The kind of a file's weights, and the weights by Microsoft's names."""
+    bare = {name.removeprefix("encoder."): tensor for name, tensor in weights.items()}
+    is_official = any(is_of_decoder(name) for name in weights)
+    if is_twins(bare):
+        return "official" if is_official else "twins", from_twins(bare, channels_last=is_official)
+    if is_official:
+        return "official", bare
+    if f"encoder.{PROJECTION}" in weights:
+        kept = {name: tensor for name, tensor in weights.items() if not SIMMIM_ONLY.match(name)}
+        return "simmim", {name.removeprefix("encoder."): tensor for name, tensor in kept.items()}
+    merges_first = "layers.0.downsample.norm.weight" not in weights and "layers.1.downsample.norm.weight" in weights
+    if "head.fc.weight" in weights or merges_first:
+        return "timm", from_timm(weights)
+    return "microsoft", bare
+
+
+def _is_of_twins(weights: dict[str, torch.Tensor]) -> bool:
+    return "layers.0.position_encoding.conv.weight" in weights
 
 
 def _read_folder(path: Path) -> Checkpoint:
@@ -373,30 +293,21 @@ def infer_config(checkpoint: Checkpoint, **values) -> GreenMIMConfig:
         embed_dim, channels, patch, _ = weights[PROJECTION].shape
         stages = _count(weights, r"layers\.(\d+)\.blocks")
         depths = [_count(weights, rf"layers\.{stage}\.blocks\.(\d+)") for stage in range(stages)]
-        tables = [weights[f"layers.{stage}.blocks.0.attn.{BIAS_TABLE}"] for stage in range(stages)]
+        windows, attention = _infer_attention(weights, embed_dim, stages)
         hidden = weights["layers.0.blocks.0.mlp.fc1.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(
-            f"The checkpoint is no whole Swin: {error} is missing or has a strange shape."
-        ) from error
-    windows = [window_of_table(table) for table in tables]
-    if None in windows:
-        shapes = [tuple(table.shape) for table in tables]
-        raise CheckpointError(
-            f"The position bias tables have the shapes {shapes}; window w has (2 * w - 1) ** 2 rows."
-        )
+        raise CheckpointError(f"The checkpoint is not whole: {error} is missing or has a strange shape.") from error
     inferred = {
         "image_size": checkpoint.image_size or 224,
         "patch_size": patch,
         "num_channels": channels,
         "embed_dim": embed_dim,
         "depths": depths,
-        "num_heads": [table.shape[1] for table in tables],
-        "window_size": max(windows),
+        **attention,
         "mlp_ratio": hidden / embed_dim,
         "qkv_bias": "layers.0.blocks.0.attn.qkv.bias" in weights,
-        # Official GreenMIM's; the others are made with torch's own.
-        "layer_norm_eps": 1e-6 if checkpoint.kind == "official" or named_order(checkpoint) else 1e-5,
+        # Official GreenMIM's and that of Twins' blocks; the others are made with torch's own.
+        "layer_norm_eps": 1e-6 if checkpoint.kind in ("official", "twins") or named_order(checkpoint) else 1e-5,
     }
     if checkpoint.kind == "official":
         inferred |= _infer_decoder(weights)
@@ -406,12 +317,28 @@ def infer_config(checkpoint: Checkpoint, **values) -> GreenMIMConfig:
         inferred.pop("num_labels", None)
     with clear_errors("The configuration"):
         config = GreenMIMConfig(**{**inferred, **checkpoint.values, **values})
-    if list(stage_windows(config)) != windows:
+    if windows is not None and list(stage_windows(config)) != windows:
         raise CheckpointError(
             f"The windows of the stages are {windows} in the checkpoint, but images of `image_size`"
             f" {config.image_size} have {list(stage_windows(config))}: give --image_size."
         )
     return config
+
+
+def _infer_attention(weights: dict[str, torch.Tensor], embed_dim: int, stages: int) -> tuple[list[int] | None, dict]:
+    """Window of each stage, None where no weight tells, and what the configuration says of attention."""
+    if _is_of_twins(weights):
+        # Published models have windows of 7 and 32 channels a head.
+        heads = [max(1, embed_dim * 2**stage // 32) for stage in range(stages)]
+        return None, {"backbone_type": "twins", "num_heads": heads, "window_size": 7}
+    tables = [weights[f"layers.{stage}.blocks.0.attn.{BIAS_TABLE}"] for stage in range(stages)]
+    windows = [window_of_table(table) for table in tables]
+    if None in windows:
+        shapes = [tuple(table.shape) for table in tables]
+        raise CheckpointError(
+            f"The position bias tables have the shapes {shapes}; window w has (2 * w - 1) ** 2 rows."
+        )
+    return windows, {"num_heads": [table.shape[1] for table in tables], "window_size": max(windows)}
 
 
 def _infer_decoder(weights: dict[str, torch.Tensor]) -> dict:
@@ -436,7 +363,7 @@ def named_order(checkpoint: Checkpoint) -> str | None:
 
 
 def merging_order(checkpoint: Checkpoint, order: str) -> str:
-    """ "row" or "column": how the checkpoint's merging joins 2x2 tokens.
+    """ "row" or "column": how the checkpoint's merging joins 2x2 tokens; always "column" for Twins.
 
     Args:
         order: "row", "column", or "auto": official files by their model's name, all other Swins by column.
@@ -444,6 +371,8 @@ def merging_order(checkpoint: Checkpoint, order: str) -> str:
     Raises:
         `CheckpointError`: when an official file does not tell.
     """
+    if _is_of_twins(checkpoint.weights):
+        return "column"  # its kernels say which weight belongs to which token
     if order != "auto":
         return order
     if named_order(checkpoint):
@@ -454,14 +383,6 @@ def merging_order(checkpoint: Checkpoint, order: str) -> str:
         f"The file does not tell the order in which it merges patches: its `args.model` is {checkpoint.model_name!r},"
         " which ends neither in 'dec5121b1' (2022: row) nor in 'dec512b1' (2023: column). Give --patch_merging_order."
     )
-
-
-def rows_to_columns(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of merging in row order -> those that compute the same in column order."""
-    return {
-        name: tensor.unflatten(-1, (4, -1))[..., FROM_ROW_ORDER, :].flatten(-2) if MERGING.search(name) else tensor
-        for name, tensor in weights.items()
-    }
 
 
 def convert(checkpoint: Checkpoint, order: str = "auto", **values) -> nn.Module:
@@ -515,7 +436,9 @@ def import_checkpoint(path: str, output: str, order: str = "auto", **values) -> 
     model = convert(checkpoint, order, **values)
     model.save_pretrained(output)
     own_image_processor(path, model.config).save_pretrained(output)
-    flags = "".join(f" --{name} {value}" for name, value in {"patch_merging_order": order, **values}.items())
+    given = {"patch_merging_order": order, **values}
+    texts = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()}
+    flags = "".join(f" --{name} {text}" for name, text in texts.items())
     card = model_card(model, checkpoint, Path(path).name, Path(output).name, flags)
     (Path(output) / "README.md").write_text(card, encoding="utf-8")
     return model
@@ -547,6 +470,7 @@ def model_card(model: nn.Module, checkpoint: Checkpoint, file: str, title: str, 
     config = model.config
     shape = (config.embed_dim, tuple(config.depths), config.window_size)
     plain = config.image_size == 224 and config.num_channels == 3 and config.decoder_hidden_size == 512
+    plain &= config.backbone_type == "swin"
     is_released = checkpoint.kind == "official" and named_order(checkpoint) == "row" and plain and shape in RELEASED
     if is_released:
         return (card_folder() / f"{RELEASED[shape]}.md").read_text(encoding="utf-8")
@@ -555,6 +479,8 @@ def model_card(model: nn.Module, checkpoint: Checkpoint, file: str, title: str, 
         "title": title,
         "checkpoint": file,
         "kind": KINDS[checkpoint.kind],
+        "backbone_type": config.backbone_type,
+        "backbone": config.backbone_type.capitalize(),
         "flags": flags,
         "task": "image-classification" if has_head else "image-feature-extraction",
         "auto": "AutoModelForImageClassification" if has_head else "AutoModel",
@@ -569,8 +495,10 @@ def model_card(model: nn.Module, checkpoint: Checkpoint, file: str, title: str, 
 
 
 def buffers(config: GreenMIMConfig) -> dict[str, torch.Tensor]:
-    """Microsoft Swin's index of position biases for each block."""
+    """Microsoft Swin's index of position biases for each block; Twins has none."""
     found = {}
+    if config.backbone_type == "twins":
+        return found
     for stage, window in enumerate(stage_windows(config)):
         rows, columns = (side.flatten() for side in torch.meshgrid(*[torch.arange(window)] * 2, indexing="ij"))
         index = (rows[:, None] - rows + window - 1) * (2 * window - 1) + columns[:, None] - columns + window - 1
@@ -641,15 +569,19 @@ def export_model(folder: str, target: str, output: str) -> float:
     model = load_model(folder)
     if target == "original":
         return _export_original(model, Path(output))
+    is_twins_model = model.config.backbone_type == "twins"
+    if is_twins_model and target != "timm":
+        raise CheckpointError(f"`model` {folder!r} is a Twins, which {target} cannot express; export it to timm.")
     weights = {name: tensor for name, tensor in to_microsoft(model).items() if not is_of_decoder(name)}
     if target == "transformers-swin":
         return _export_transformers(model, weights, folder, output)
     if target == "timm":
-        _save(to_timm(weights), Path(output))
+        weights = to_twins(weights, channels_last=False) if is_twins_model else to_timm(weights)
+        _save(weights, Path(output))
     else:
         _save({"model": {**weights, **buffers(model.config)}}, Path(output))
-    # Both make their norms with torch's own epsilon.
-    other = with_epsilon(getattr(model, "greenmim", model), 1e-5)
+    # Both make Swin's norms with torch's own epsilon, and timm most of Twins' with another.
+    other = with_epsilon(getattr(model, "greenmim", model), 1e-6 if is_twins_model else 1e-5)
     return difference(model, lambda image: other(image).last_hidden_state)
 
 
@@ -707,14 +639,16 @@ def _export_original(model: nn.Module, path: Path) -> float:
             " export to microsoft-swin."
         )
     config = model.config
-    weights = to_microsoft(model)
+    weights, told = to_microsoft(model), TOLD
+    if config.backbone_type == "twins":
+        weights, told = to_twins(weights, channels_last=True), TOLD | TOLD_OF_TWINS
     weights = {name if is_of_decoder(name) else f"encoder.{name}": tensor for name, tensor in weights.items()}
     weights |= {f"encoder.{name}": tensor for name, tensor in buffers(config).items()}
     positions = sincos_positions(config.unit_grid, config.decoder_hidden_size, torch.device("cpu"), torch.float32)
     weights["decoder_pos_embed"] = positions[None]
     # By the ending readers know the order of merging; no weight tells the others.
-    name = f"green_mim_swin_patch{config.patch_size}_dec512b1"
-    told = {theirs: getattr(config, ours) for ours, theirs in TOLD.items()}
+    name = f"green_mim_{config.backbone_type}_patch{config.patch_size}_dec512b1"
+    told = {theirs: getattr(config, ours) for ours, theirs in told.items()}
     _save({"model": weights, "args": argparse.Namespace(model=name, input_size=config.image_size, **told)}, path)
     other = with_epsilon(model.greenmim, 1e-6)
     return difference(model, lambda image: other(image).last_hidden_state)
@@ -754,6 +688,10 @@ def build_parser() -> argparse.ArgumentParser:
     reading.add_argument(
         "--decoder_num_attention_heads", type=int, help="no weight tells; default: one for 32 channels, as published"
     )
+    reading.add_argument(
+        "--num_heads", type=int, nargs="+", help="of each stage of a Twins, which no weight tells; default: likewise"
+    )
+    reading.add_argument("--window_size", type=int, help="of a Twins, which no weight tells; default: 7")
     reading.add_argument("--layer_norm_eps", type=float, help="default: 1e-6 for official files, else the source's")
     writing = commands.add_parser("export", help="write a GreenMIM model in another format")
     writing.add_argument("--model", required=True, help="folder or repository of a GreenMIM model")
@@ -767,7 +705,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
         if args.command == "import":
-            names = ("image_size", "layer_norm_eps", "decoder_num_attention_heads")
+            names = ("image_size", "layer_norm_eps", "decoder_num_attention_heads", "num_heads", "window_size")
             values = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
             model = import_checkpoint(args.checkpoint, args.output, args.patch_merging_order, **values)
             count = sum(parameter.numel() for parameter in model.parameters())

@@ -212,12 +212,17 @@ class StagePlan:
         groups: plans of the even and of the odd blocks; one and the same where windows are not shifted.
         inside: `(num_tokens, 1)` bool, False for padding; None without padding.
         raster: index for `take_tokens` that puts tokens, without padding, into raster order; None if not asked for.
+        padded_grid: `grid` with padding below and right, up to whole units.
+        places: `row * columns + column` of each token on the padded grid, `(plans, num_tokens)` int64; None but for
+            Twins, whose convolutions need them.
     """
 
     grid: tuple[int, int]
     groups: tuple[GroupPlan, GroupPlan]
     inside: torch.Tensor | None
     raster: torch.Tensor | None
+    padded_grid: tuple[int, int]
+    places: torch.Tensor | None
 
     def to(self, device: torch.device) -> "StagePlan":
         """The plan with its index tensors on `device`."""
@@ -228,11 +233,17 @@ class StagePlan:
             (moved, moved if odd is even else odd.to(device)),
             _move(self.inside, device),
             _move(self.raster, device),
+            self.padded_grid,
+            _move(self.places, device),
         )
 
 
 def plan_stages(
-    visible_units: np.ndarray, patch_grid: tuple[int, int], window_sizes: tuple[int, ...], raster: bool = False
+    visible_units: np.ndarray,
+    patch_grid: tuple[int, int],
+    window_sizes: tuple[int, ...],
+    raster: bool = False,
+    is_twins: bool = False,
 ) -> tuple[StagePlan, ...]:
     """Plans every stage of an encoder for one mask, or for one mask per sample.
 
@@ -242,6 +253,7 @@ def plan_stages(
             then.
         window_sizes: window of each stage.
         raster: whether tokens will be put into raster order.
+        is_twins: no window is shifted, and convolutions need the tokens' places.
     """
     num_stages = len(window_sizes)
     unit_grid = tuple(-(-side // 2 ** (num_stages - 1)) for side in patch_grid)
@@ -252,7 +264,7 @@ def plan_stages(
         padded_grid = (unit_grid[0] * side, unit_grid[1] * side)
         places = token_places(visible_units, unit_grid, side)
         even = odd = plan_groups(places, grid, window_size, 0, padded_grid)
-        if min(grid) > window_size > 1:
+        if min(grid) > window_size > 1 and not is_twins:
             odd = plan_groups(places, grid, window_size, window_size // 2, padded_grid)
         inside = None
         if grid != padded_grid:
@@ -263,6 +275,8 @@ def plan_stages(
                 (even, odd),
                 None if inside is None else torch.from_numpy(inside[0, :, None]),
                 _raster_order(places, inside) if raster else None,
+                padded_grid,
+                torch.from_numpy(places.astype(np.int64)) if is_twins else None,
             )
         )
     return tuple(stages)
@@ -276,19 +290,19 @@ def _raster_order(places: np.ndarray, inside: np.ndarray | None) -> torch.Tensor
 
 
 def plan_all_visible(
-    patch_grid: tuple[int, int], window_sizes: tuple[int, ...], device: torch.device
+    patch_grid: tuple[int, int], window_sizes: tuple[int, ...], device: torch.device, is_twins: bool = False
 ) -> tuple[StagePlan, ...]:
     """`plan_stages` with every unit visible; it depends on the input size alone and is kept."""
     # What is made while a model is exported belongs to the exporter, which turns it into constants.
     plan = _plan_all_visible.__wrapped__ if torch.compiler.is_exporting() else _plan_all_visible
-    return plan(patch_grid, window_sizes, device)
+    return plan(patch_grid, window_sizes, device, is_twins)
 
 
 @lru_cache(maxsize=64)
-def _plan_all_visible(patch_grid, window_sizes, device):
+def _plan_all_visible(patch_grid, window_sizes, device, is_twins):
     unit = 2 ** (len(window_sizes) - 1)
     num_units = -(-patch_grid[0] // unit) * -(-patch_grid[1] // unit)
     # Tensors made in inference mode could not serve training later.
     with torch.inference_mode(False):
-        plans = plan_stages(np.arange(num_units)[None], patch_grid, window_sizes, raster=True)
+        plans = plan_stages(np.arange(num_units)[None], patch_grid, window_sizes, raster=True, is_twins=is_twins)
         return tuple(plan.to(device) for plan in plans)

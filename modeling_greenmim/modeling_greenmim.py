@@ -23,6 +23,7 @@ from .layout import patchify, take_tokens, unpatchify
 from .masking import sample_noise, unit_mask, visible_units_from_mask, visible_units_from_noise
 from .resizing import BiasTableResizing
 from .swin import GreenMIMEmbeddings, GreenMIMSwinEncoder, stage_windows
+from .twins import GreenMIMTwinsEncoder
 
 
 @dataclass
@@ -42,7 +43,7 @@ class GreenMIMModelOutput(ModelOutput):
             Embeddings, then each stage's output after merging, `(batch_size, num_tokens, width)`.
         attentions (`tuple(torch.Tensor)`, *optional*, returned when `output_attentions=True`):
             Attention weights of each stage's last block, `(batch_size, num_heads, num_tokens, num_tokens)`, 0 across
-            windows.
+            windows; of Twins' global attention `(batch_size, num_heads, num_tokens, num_visible)`.
         reshaped_hidden_states (`tuple(torch.Tensor)`, *optional*, with `hidden_states` when no unit is masked):
             The hidden states as maps `(batch_size, width, height, width)`.
     """
@@ -106,7 +107,7 @@ class GreenMIMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # Losses are means over a micro-batch; Trainer averages them over the micro-batches of a step.
     accepts_loss_kwargs = False
-    _no_split_modules = ["GreenMIMEmbeddings", "GreenMIMSwinBlock", "GreenMIMDecoder"]
+    _no_split_modules = ["GreenMIMEmbeddings", "GreenMIMBlock", "GreenMIMDecoder"]
     _supports_sdpa = True
     _supports_attention_backend = True
     _input_embed_layer = "patch_embeddings"
@@ -164,8 +165,8 @@ class GreenMIMPreTrainedModel(PreTrainedModel):
 class GreenMIMModel(GreenMIMPreTrainedModel):
     """The encoder without a head. It sees every unit, or the visible ones alone when a mask is given.
 
-    With every unit visible it equals Swin on grids that the window divides. Elsewhere windows at the right and bottom
-    edge are just smaller here, while Swin fills them with zero tokens that take part in attention.
+    With every unit visible it equals Swin, or Twins-SVT, on grids that the window divides. Elsewhere windows at the
+    right and bottom edge are just smaller here, while those fill them with zero tokens that take part in attention.
 
     Args:
         config ([`GreenMIMConfig`]): Configuration of the model.
@@ -176,7 +177,8 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
     def __init__(self, config: GreenMIMConfig):
         super().__init__(config)
         self.embeddings = GreenMIMEmbeddings(config)
-        self.encoder = GreenMIMSwinEncoder(config)
+        self.is_twins = config.backbone_type == "twins"
+        self.encoder = (GreenMIMTwinsEncoder if self.is_twins else GreenMIMSwinEncoder)(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.window_sizes = stage_windows(config)
         self.post_init()
@@ -259,8 +261,8 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
         patches_per_side = self.config.encoder_stride // self.config.patch_size
         patch_grid = (unit_grid[0] * patches_per_side, unit_grid[1] * patches_per_side)
         if visible_units is None:
-            return plan_all_visible(patch_grid, self.window_sizes, device)
-        plans = plan_stages(visible_units.numpy(), patch_grid, self.window_sizes, raster)
+            return plan_all_visible(patch_grid, self.window_sizes, device, self.is_twins)
+        plans = plan_stages(visible_units.numpy(), patch_grid, self.window_sizes, raster, self.is_twins)
         return tuple(plan.to(device) for plan in plans)
 
 
@@ -487,7 +489,7 @@ class GreenMIMBackbone(BackboneMixin, GreenMIMPreTrainedModel):
     @torch.compiler.disable
     def _plans(self, image_size: tuple[int, int], device: torch.device) -> tuple[StagePlan, ...]:
         patch_grid = tuple(-(-side // self.config.patch_size) for side in image_size)
-        return plan_all_visible(patch_grid, self.greenmim.window_sizes, device)
+        return plan_all_visible(patch_grid, self.greenmim.window_sizes, device, self.greenmim.is_twins)
 
 
 __all__ = [

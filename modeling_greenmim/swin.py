@@ -1,5 +1,8 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Swin encoder on visible tokens (Swin Transformer, https://huggingface.co/papers/2103.14030, made sparse)."""
+"""Swin encoder on visible tokens (Swin Transformer, https://huggingface.co/papers/2103.14030, made sparse).
+
+Twins shares its embedding, blocks, MLPs and the run through the stages.
+"""
 
 from dataclasses import dataclass
 
@@ -110,20 +113,29 @@ class GreenMIMPatchMerging(nn.Module):
         return self.reduction(self.norm(hidden_states.reshape(batch, -1, 4 * width)))
 
 
-class GreenMIMSwinBlock(GradientCheckpointingLayer):
-    """Pre-norm transformer block with window attention."""
+class GreenMIMBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block.
 
-    def __init__(self, config: GreenMIMConfig, width: int, num_heads: int, window_size: int, drop_path_rate: float):
+    Args:
+        config: configuration of the model.
+        width: channels of the stage.
+        attention: module of (tokens, plan) that returns tokens and attention weights.
+        drop_path_rate: rate of stochastic depth.
+    """
+
+    def __init__(self, config: GreenMIMConfig, width: int, attention: nn.Module, drop_path_rate: float):
         super().__init__()
         self.layernorm_before = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.attention = GreenMIMWindowAttention(config, width, num_heads, window_size)
+        self.attention = attention
         self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = GreenMIMMLP(config, width, int(config.mlp_ratio * width))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = GreenMIMDropPath(drop_path_rate)
 
-    def forward(self, hidden_states: torch.Tensor, plan: GroupPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`(batch, num_tokens, width)` -> the same, and the attention weights of the groups."""
+    def forward(
+        self, hidden_states: torch.Tensor, plan: GroupPlan | StagePlan
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(batch, num_tokens, width)` -> the same, and attention weights; the plan is what the attention takes."""
         attended, weights = self.attention(self.layernorm_before(hidden_states), plan)
         hidden_states = hidden_states + self.drop_path(self.dropout(attended))
         transformed = self.mlp(self.layernorm_after(hidden_states))
@@ -137,9 +149,10 @@ class GreenMIMSwinStage(nn.Module):
 
     def __init__(self, config: GreenMIMConfig, stage: int, window_size: int, drop_path_rates: list[float]):
         super().__init__()
-        width = config.embed_dim * 2**stage
+        width, num_heads = config.embed_dim * 2**stage, config.num_heads[stage]
         self.blocks = nn.ModuleList(
-            GreenMIMSwinBlock(config, width, config.num_heads[stage], window_size, rate) for rate in drop_path_rates
+            GreenMIMBlock(config, width, GreenMIMWindowAttention(config, width, num_heads, window_size), rate)
+            for rate in drop_path_rates
         )
         is_last = stage == len(config.depths) - 1
         self.downsample = None if is_last else GreenMIMPatchMerging(config, width)
@@ -153,9 +166,13 @@ class GreenMIMSwinStage(nn.Module):
             hidden_states = hidden_states * plan.inside  # merging sees zeros where there is padding
         return hidden_states, weights
 
+    def raster_weights(self, weights: torch.Tensor, plan: StagePlan) -> torch.Tensor:
+        """The last block's attention weights in raster order, `(batch, heads, num_tokens, num_tokens)`."""
+        return raster_attention_weights(weights, plan.groups[(len(self.blocks) - 1) % 2], plan.raster)
+
 
 @dataclass
-class SwinEncoderOutput:
+class EncoderOutput:
     """Tokens in nested order.
 
     Attributes:
@@ -172,19 +189,21 @@ class SwinEncoderOutput:
 class GreenMIMSwinEncoder(nn.Module):
     """The stages of a Swin transformer, on visible tokens only."""
 
+    stage_class = GreenMIMSwinStage
+
     def __init__(self, config: GreenMIMConfig):
         super().__init__()
         self.config = config
         rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist()
         ends = [sum(config.depths[: stage + 1]) for stage in range(len(config.depths))]
         self.layers = nn.ModuleList(
-            GreenMIMSwinStage(config, stage, window_size, rates[ends[stage] - config.depths[stage] : ends[stage]])
+            self.stage_class(config, stage, window_size, rates[ends[stage] - config.depths[stage] : ends[stage]])
             for stage, window_size in enumerate(stage_windows(config))
         )
 
     def forward(
         self, hidden_states: torch.Tensor, plans: tuple[StagePlan, ...], output_attentions: bool = False
-    ) -> SwinEncoderOutput:
+    ) -> EncoderOutput:
         """Runs all stages on `(batch, num_tokens, embed_dim)` tokens in nested order.
 
         Raises:
@@ -201,8 +220,7 @@ class GreenMIMSwinEncoder(nn.Module):
             hidden_states, weights = stage(hidden_states, plan)
             outputs.append(hidden_states)
             if output_attentions:
-                last = plan.groups[(len(stage.blocks) - 1) % 2]
-                attentions.append(raster_attention_weights(weights, last, plan.raster))
+                attentions.append(stage.raster_weights(weights, plan))
             if stage.downsample is not None:
                 hidden_states = stage.downsample(hidden_states)
-        return SwinEncoderOutput(tuple(inputs), tuple(outputs), tuple(attentions) if output_attentions else None)
+        return EncoderOutput(tuple(inputs), tuple(outputs), tuple(attentions) if output_attentions else None)

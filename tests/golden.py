@@ -1,7 +1,7 @@
-"""Reading the golden vectors: numbers of independent implementations (official GreenMIM, a dense Swin).
+"""Reading the golden vectors: numbers of independent implementations (official GreenMIM, a dense Swin and Twins).
 
-Their weights have official GreenMIM's (Microsoft Swin's) names. The expected losses and gradients were drawn so that
-the published code's scrambled decoder placement plays no part.
+Their weights have official GreenMIM's (Microsoft Swin's) names, or Twins' own. The expected losses and gradients were
+drawn so that the published code's scrambled decoder placement plays no part.
 """
 
 import json

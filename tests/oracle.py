@@ -1,4 +1,5 @@
-"""The dense oracle: a plain Swin on the full token grid, with masked tokens excluded from every attention.
+"""The dense oracle: a plain Swin or Twins on the full token grid, with masked tokens excluded from every attention and
+zeroed before every convolution that crosses units.
 
 Written from the method alone, without the package's layout, grouping, masking or decoder code: only weights are read
 from the model. Tokens are in raster order, windows come from the formula for each pair of tokens, attention is one
@@ -11,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from configuration_greenmim import GreenMIMConfig
+from modeling_greenmim import GreenMIMModel
 
 
 def tiny_config(**changes) -> GreenMIMConfig:
@@ -127,7 +129,40 @@ def merge(grid_states: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts, dim=-1)
 
 
-class DenseSwin:
+def embed(model, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Patch embedding and its norm, `(batch, rows, columns, embed_dim)`."""
+    config, projection = model.config, model.embeddings.patch_embeddings.projection
+    kernel = projection.weight.view(config.embed_dim, config.num_channels, config.patch_size, config.patch_size)
+    states = functional.conv2d(pixel_values, kernel, projection.bias, stride=config.patch_size)
+    return layer_norm(states.permute(0, 2, 3, 1), model.embeddings.norm, config.layer_norm_eps)
+
+
+def strided_convolution(grid_states: torch.Tensor, linear, side: int) -> torch.Tensor:
+    """A convolution with kernel and stride `side` whose weight is kept as that of a linear layer on nested tokens."""
+    places, width = nested_coordinates(side), grid_states.shape[-1]
+    kernel = torch.empty(len(linear.weight), width, side, side, dtype=linear.weight.dtype)
+    for number, (row, column) in enumerate(places):
+        kernel[:, :, row, column] = linear.weight[:, number * width : (number + 1) * width]
+    return functional.conv2d(grid_states.permute(0, 3, 1, 2), kernel, linear.bias, stride=side).permute(0, 2, 3, 1)
+
+
+def attention_to_units(normed, module, num_heads: int, visible, seen, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twins' global attention: `(batch, rows, columns, width)` to one key per visible unit; output and weights."""
+    batch, rows, _, width = normed.shape
+    side = rows // visible.shape[1]
+    units = normed * seen[..., None]
+    if side > 1:
+        units = layer_norm(strided_convolution(units, module.reduction, side), module.norm, eps)
+    query = functional.linear(normed, module.q.weight, module.q.bias).view(batch, -1, num_heads, width // num_heads)
+    pairs = functional.linear(units, module.kv.weight, module.kv.bias)
+    key, value = pairs.view(batch, -1, 2, num_heads, width // num_heads).unbind(2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(width // num_heads)
+    weights = scores.masked_fill(~visible.flatten(1)[:, None, None, :], -math.inf).softmax(-1)
+    output = torch.einsum("bhqk,bkhd->bqhd", weights, value).flatten(2)
+    return output @ module.proj.weight.T + module.proj.bias, weights
+
+
+class DenseEncoder:
     """Runs the dense network with the weights of a `GreenMIMModel`.
 
     Args:
@@ -145,16 +180,12 @@ class DenseSwin:
 
     def __init__(self, model, pixel_values, visible=None, patch_grid=None):
         config, eps = model.config, model.config.layer_norm_eps
-        num_stages, patch = len(config.depths), config.patch_size
-        rows, columns = pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
-        patch_grid = patch_grid or (rows, columns)
+        num_stages = len(config.depths)
+        states = embed(model, pixel_values)
+        patch_grid = patch_grid or states.shape[1:3]
         if visible is None:
-            visible = torch.ones(1, rows >> (num_stages - 1), columns >> (num_stages - 1), dtype=torch.bool)
-        projection = model.embeddings.patch_embeddings.projection
-        kernel = projection.weight.view(config.embed_dim, config.num_channels, patch, patch)
-        states = functional.conv2d(pixel_values, kernel, projection.bias, stride=patch).permute(0, 2, 3, 1)
-        states = layer_norm(states, model.embeddings.norm, eps)
-        smaller_side = min(config.image_height_and_width) // patch
+            visible = torch.ones(1, *(side >> (num_stages - 1) for side in states.shape[1:3]), dtype=torch.bool)
+        smaller_side = min(config.image_height_and_width) // config.patch_size
         self.inputs, self.outputs, self.attentions, self.visible = [], [], [], []
         for stage, layer in enumerate(model.encoder.layers):
             batch, rows, columns, width = states.shape
@@ -166,19 +197,34 @@ class DenseSwin:
             seen[:, :, grid[1] :] = False
             self.visible.append(seen)
             self.inputs.append(states)
-            tokens, keys = states.flatten(1, 2), seen.flatten(1)[:, None, None, :]
+            tokens = states.flatten(1, 2)
             for number, block in enumerate(layer.blocks):
-                same, index = window_pairs((rows, columns), window, shift_of(number, grid, window))
-                # A masked token sees itself, so that nothing is NaN; nobody else sees it.
-                allowed = (same & keys) | torch.eye(len(same), dtype=torch.bool)
                 normed = layer_norm(tokens, block.layernorm_before, eps)
-                attended, weights = attention(normed, block.attention, config.num_heads[stage], allowed, index)
+                heads = config.num_heads[stage]
+                if config.backbone_type == "twins" and number % 2:
+                    normed = normed.view(batch, rows, columns, width)
+                    attended, weights = attention_to_units(normed, block.attention, heads, visible, seen, eps)
+                else:
+                    shift = 0 if config.backbone_type == "twins" else shift_of(number, grid, window)
+                    same, index = window_pairs((rows, columns), window, shift)
+                    # A masked token sees itself, so that nothing is NaN; nobody else sees it.
+                    allowed = (same & seen.flatten(1)[:, None, None, :]) | torch.eye(len(same), dtype=torch.bool)
+                    index = None if config.backbone_type == "twins" else index
+                    attended, weights = attention(normed, block.attention, heads, allowed, index)
                 tokens = tokens + attended
                 tokens = tokens + mlp(layer_norm(tokens, block.layernorm_after, eps), block.mlp)
+                if config.backbone_type == "twins" and number == 0:
+                    conv = layer.position_encoding.conv
+                    grid_states = (tokens.view(batch, rows, columns, width) * seen[..., None]).permute(0, 3, 1, 2)
+                    encoded = functional.conv2d(grid_states, conv.weight, conv.bias, padding=1, groups=width)
+                    tokens = tokens + encoded.permute(0, 2, 3, 1).flatten(1, 2)
             self.attentions.append(weights)
             states = tokens.view(batch, rows, columns, width)
             self.outputs.append(states)
-            if stage < num_stages - 1:
+            if stage < num_stages - 1 and config.backbone_type == "twins":
+                states = strided_convolution(states * seen[..., None], layer.downsample.reduction, 2)
+                states = layer_norm(states, layer.downsample.norm, eps)
+            elif stage < num_stages - 1:
                 merged = merge(states * seen[..., None])
                 states = layer_norm(merged, layer.downsample.norm, eps) @ layer.downsample.reduction.weight.T
         self.latent = layer_norm(self.outputs[-1], model.layernorm, eps)
@@ -233,7 +279,7 @@ def dense_pretraining(model, pixel_values: torch.Tensor, mask: torch.Tensor) -> 
     config, eps, decoder = model.config, model.config.layer_norm_eps, model.decoder
     batch, unit = len(pixel_values), config.encoder_stride
     grid = (pixel_values.shape[2] // unit, pixel_values.shape[3] // unit)
-    dense = DenseSwin(model.greenmim, pixel_values, ~mask.view(-1, *grid))
+    dense = DenseEncoder(model.greenmim, pixel_values, ~mask.view(-1, *grid))
     latents = dense.latent.flatten(1, 2) @ decoder.decoder_embed.weight.T + decoder.decoder_embed.bias
     states = torch.where(mask[..., None], decoder.mask_token, latents)
     states = states + positions(grid, config.decoder_hidden_size)
@@ -252,6 +298,12 @@ def gradients(scalar: torch.Tensor, model: torch.nn.Module, pixel_values: torch.
     return {n: torch.zeros_like(t) if v is None else v for n, t, v in zip(names, tensors, values)}
 
 
+def weighted_sum(tensors) -> torch.Tensor:
+    """A scalar whose gradient reaches every entry differently."""
+    generator = torch.Generator().manual_seed(9)
+    return sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in tensors)
+
+
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-9, name: str = "") -> None:
     """Relative to the largest expected value (at least 1e-3), since single entries cancel to anything."""
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
@@ -264,3 +316,26 @@ def assert_all_close(actual: dict, expected: dict, tolerance: float = 1e-9) -> N
     assert actual.keys() == expected.keys()
     for name in expected:
         assert_close(actual[name], expected[name], tolerance, name)
+
+
+def check_against_oracle(config: GreenMIMConfig, mask: torch.Tensor | None, height: int, width: int, batch: int = 2):
+    """Compares latents, hidden states and all gradients of a `GreenMIMModel`; `mask` as in `dense_pretraining`."""
+    model = randomize(GreenMIMModel._from_config(config))
+    pixel_values = random_images(batch, height, width).requires_grad_()
+    outputs = model(pixel_values, bool_masked_pos=mask, output_hidden_states=True)
+
+    grid = (height // config.encoder_stride, width // config.encoder_stride)
+    dense = DenseEncoder(model, pixel_values, None if mask is None else ~mask.view(-1, *grid))
+    latent = pick_visible(dense.latent, dense.visible[-1])
+    hidden_states = [
+        pick_visible(states, visible)
+        for states, visible in zip([*dense.inputs, dense.outputs[-1]], [*dense.visible, dense.visible[-1]])
+    ]
+    assert_close(outputs.last_hidden_state, latent)
+    assert_close(outputs.pooler_output, latent.mean(dim=1))
+    assert len(outputs.hidden_states) == len(hidden_states) == len(config.depths) + 1
+    for actual, expected in zip(outputs.hidden_states, hidden_states):
+        assert_close(actual, expected)
+    actual = gradients(weighted_sum([outputs.last_hidden_state, *outputs.hidden_states]), model, pixel_values)
+    expected = gradients(weighted_sum([latent, *hidden_states]), model, pixel_values)
+    assert_all_close(actual, expected)

@@ -20,7 +20,7 @@ from training_greenmim.models import MODEL_SIZES, build_config
 
 
 FOLDER = Path(__file__).parent.parent / "model_cards"
-NAMES = ["swin-base", "swin-base-win14", "swin-large-win14", "swin-small", "swin-tiny"]
+NAMES = ["swin-base", "swin-base-win14", "swin-large-win14", "swin-small", "swin-tiny", "twins-large"]
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -29,7 +29,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 def test_there_is_a_card_for_each_model():
     assert sorted(path.stem for path in FOLDER.glob("*.md")) == sorted([*NAMES, "converted"])
-    assert {f"swin-{name}" for name in MODEL_SIZES} == set(NAMES)
+    assert {name if name.startswith("twins") else f"swin-{name}" for name in MODEL_SIZES} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,6 +102,10 @@ def test_imported_weights_get_the_right_card():
     assert "# GreenMIM Swin-B, window 7\n" in model_card(base, released, "a.pth", "mine")
     assert "# GreenMIM Swin-L, window 14\n" in model_card(large, released, "a.pth", "mine")
     own = Checkpoint("official", {}, "green_mim_swin_patch4_dec512b1")
+    with torch.device("meta"):
+        twins = GreenMIMModel(GreenMIMConfig(backbone_type="twins"))
+    text = model_card(twins, released, "a.pth", "mine")
+    assert "A Twins transformer, converted" in text and "- twins\n" in text
     for model, checkpoint in ((base, own), (other, released), (base, Checkpoint("microsoft", {}))):
         text = model_card(model, checkpoint, "a.pth", "mine", " --image_size 224")
         assert "# mine\n" in text and "`a.pth`" in text and "--output mine --image_size 224\n" in text

@@ -29,7 +29,7 @@ from modeling_greenmim import (
     GreenMIMModel,
 )
 from tests.oracle import (
-    DenseSwin,
+    DenseEncoder,
     assert_all_close,
     assert_close,
     gradients,
@@ -39,8 +39,9 @@ from tests.oracle import (
     random_masks,
     randomize,
     tiny_config,
+    weighted_sum,
 )
-from tests.test_swin import copy_to_swin, weighted_sum
+from tests.test_swin import copy_to_swin
 
 
 def images(batch=2, height=96, width=96, seed=0):
@@ -425,18 +426,17 @@ def test_onnx_export_equals_eager(name, tmp_path):
 ALL_MAPS = ["stem", "stage1", "stage2", "stage3"]
 
 
+@pytest.mark.parametrize("backbone_type", ["swin", "twins"])
 @pytest.mark.parametrize("size", [(96, 96), (37, 50), (33, 95), (16, 100), (5, 3), (96, 97)])
-def test_backbone_equals_the_dense_oracle_at_any_size(size):
+def test_backbone_equals_the_dense_oracle_at_any_size(size, backbone_type):
     """Padding is never attended to, merges see zeros: maps and gradients, also of the pixels at the edge."""
-    model = randomize(
-        GreenMIMBackbone(tiny_config(out_features=["stem", "stage1", "stage2", "stage3"], window_size=3))
-    )
+    model = randomize(GreenMIMBackbone(tiny_config(out_features=ALL_MAPS, window_size=3, backbone_type=backbone_type)))
     pixel_values = random_images(2, *size).requires_grad_()
     outputs = model(pixel_values, output_hidden_states=True)
 
     patch_grid = tuple(math.ceil(side / 4) for side in size)
     padding = (0, -size[1] % 16, 0, -size[0] % 16)
-    dense = DenseSwin(model.greenmim, torch.nn.functional.pad(pixel_values, padding), patch_grid=patch_grid)
+    dense = DenseEncoder(model.greenmim, torch.nn.functional.pad(pixel_values, padding), patch_grid=patch_grid)
     norms = [*(model.hidden_states_norms[name] for name in ("stem", "stage1", "stage2")), model.greenmim.layernorm]
     expected_maps, expected_states = [], []
     for stage, (states, norm) in enumerate(zip([dense.inputs[0], *dense.outputs], norms)):
@@ -451,10 +451,9 @@ def test_backbone_equals_the_dense_oracle_at_any_size(size):
     assert_all_close(actual, gradients(weighted_sum(expected_maps), model, pixel_values))
 
 
-def test_content_of_padding_reaches_no_feature_map():
-    model = randomize(
-        GreenMIMBackbone(tiny_config(out_features=["stem", "stage1", "stage2", "stage3"], window_size=3))
-    )
+@pytest.mark.parametrize("backbone_type", ["swin", "twins"])
+def test_content_of_padding_reaches_no_feature_map(backbone_type):
+    model = randomize(GreenMIMBackbone(tiny_config(out_features=ALL_MAPS, window_size=3, backbone_type=backbone_type)))
     height, width = 37, 50  # patches 10 x 13, units 3 x 4
     pixel_values = random_images(2, height, width)
     expected = model(pixel_values).feature_maps

@@ -20,7 +20,7 @@ from tests.oracle import tiny_config
 
 CODE = [
     *("attention.py", "configuration_greenmim.py", "decoder.py", "grouping.py", "layout.py", "masking.py"),
-    *("modeling_greenmim.py", "resizing.py", "swin.py"),
+    *("modeling_greenmim.py", "resizing.py", "swin.py", "twins.py"),
 ]
 # The project may be installed for development: its packages are hidden from this interpreter.
 PREAMBLE = """

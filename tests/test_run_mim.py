@@ -256,11 +256,11 @@ def test_example_is_a_valid_file():
     assert build_config(model.config_name, model.config_overrides).image_size == 128
 
 
-SIZES = {"tiny": 27.5, "small": 48.8, "base": 86.7, "base-win14": 86.9, "large-win14": 195.2}
+SIZES = {"tiny": 27.5, "small": 48.8, "base": 86.7, "base-win14": 86.9, "large-win14": 195.2, "twins-large": 98.2}
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_named_sizes_are_those_of_swin(name):
+def test_named_sizes_are_those_of_swin_and_twins(name):
     config = build_config(name)
     assert config.window_size == (14 if name.endswith("win14") else 7) and config.image_size == 224
     with torch.device("meta"):

@@ -10,46 +10,18 @@ from transformers import SwinConfig, SwinModel
 from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel, grouping, swin
 from modeling_greenmim.swin import GreenMIMDropPath, GreenMIMMLP
 from tests.oracle import (
-    DenseSwin,
+    DenseEncoder,
     assert_all_close,
     assert_close,
+    check_against_oracle,
     gradients,
-    pick_visible,
     random_images,
     random_masks,
     randomize,
     tiny_config,
+    weighted_sum,
     window_pairs,
 )
-
-
-def weighted_sum(tensors) -> torch.Tensor:
-    """A scalar whose gradient reaches every entry differently."""
-    generator = torch.Generator().manual_seed(9)
-    return sum((t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum() for t in tensors)
-
-
-def check_against_oracle(config, mask, height, width, batch=2):
-    """Latents, hidden states and all gradients."""
-    model = randomize(GreenMIMModel._from_config(config))
-    pixel_values = random_images(batch, height, width).requires_grad_()
-    outputs = model(pixel_values, bool_masked_pos=mask, output_hidden_states=True)
-
-    grid = (height // config.encoder_stride, width // config.encoder_stride)
-    dense = DenseSwin(model, pixel_values, None if mask is None else ~mask.view(-1, *grid))
-    latent = pick_visible(dense.latent, dense.visible[-1])
-    hidden_states = [
-        pick_visible(states, visible)
-        for states, visible in zip([*dense.inputs, dense.outputs[-1]], [*dense.visible, dense.visible[-1]])
-    ]
-    assert_close(outputs.last_hidden_state, latent)
-    assert_close(outputs.pooler_output, latent.mean(dim=1))
-    assert len(outputs.hidden_states) == len(hidden_states) == len(config.depths) + 1
-    for actual, expected in zip(outputs.hidden_states, hidden_states):
-        assert_close(actual, expected)
-    actual = gradients(weighted_sum([outputs.last_hidden_state, *outputs.hidden_states]), model, pixel_values)
-    expected = gradients(weighted_sum([latent, *hidden_states]), model, pixel_values)
-    assert_all_close(actual, expected)
 
 
 SCENES = {
@@ -275,7 +247,7 @@ def test_attentions_are_in_raster_order(kind, slot_cost, width, monkeypatch):
     pixel_values = random_images(2, height, width)
     with torch.no_grad():
         attentions = model(pixel_values, bool_masked_pos=mask, output_attentions=True).attentions
-        dense = DenseSwin(model, pixel_values, None if mask is None else ~mask.view(-1, 4, width // 16))
+        dense = DenseEncoder(model, pixel_values, None if mask is None else ~mask.view(-1, 4, width // 16))
     assert len(attentions) == 3
     for stage, (weights, visible) in enumerate(zip(attentions, dense.visible)):
         num_tokens = int(visible[0].sum())

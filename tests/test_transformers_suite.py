@@ -62,11 +62,12 @@ class GreenMIMModelTester:
     embed_dim, depths, num_heads, window_size, num_labels = 8, [2, 1], [1, 2], 3, 3
     num_hidden_layers, seq_length, num_masks = 2, 16, 8  # of the last stage: 4x4 units, half of them masked
 
-    def __init__(self, attn_implementation: str = "sdpa"):
-        self.attn_implementation = attn_implementation
+    def __init__(self, attn_implementation: str = "sdpa", backbone_type: str = "swin"):
+        self.attn_implementation, self.backbone_type = attn_implementation, backbone_type
 
     def get_config(self) -> GreenMIMConfig:
         names = ("image_size", "patch_size", "num_channels", "embed_dim", "depths", "num_heads", "window_size")
+        names += ("backbone_type",)
         return GreenMIMConfig(
             **{name: getattr(self, name) for name in names},
             num_labels=self.num_labels,
@@ -86,11 +87,12 @@ class GreenMIMModelTester:
 class GreenMIMModelTest(ModelTesterMixin, unittest.TestCase):
     all_model_classes = (GreenMIMModel, GreenMIMForPreTraining, GreenMIMForImageClassification, GreenMIMBackbone)
     test_resize_embeddings = False
+    backbone_type = "swin"
     for name, reason in NOT_APPLICABLE.items():
         locals()[name] = not_applicable(reason)
 
     def setUp(self):
-        self.model_tester = GreenMIMModelTester()
+        self.model_tester = GreenMIMModelTester(backbone_type=self.backbone_type)
         values = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2]}
         self.config_tester = ConfigTester(self, config_class=GreenMIMConfig, has_text_modality=False, **values)
         for mapping, name in NAMES.items():
@@ -110,7 +112,7 @@ class GreenMIMModelTest(ModelTesterMixin, unittest.TestCase):
         self.config_tester.run_common_tests()
 
     def test_model_outputs_equivalence(self):
-        self.model_tester = GreenMIMModelTester("eager")  # which keeps attention weights
+        self.model_tester = GreenMIMModelTester("eager", self.backbone_type)  # which keeps attention weights
         super().test_model_outputs_equivalence()
 
     def test_hidden_states_output(self):
@@ -130,7 +132,7 @@ class GreenMIMModelTest(ModelTesterMixin, unittest.TestCase):
                 self.assertEqual([tuple(state.shape) for state in states], expected)
 
     def test_attention_outputs(self):
-        self.model_tester = GreenMIMModelTester("eager")
+        self.model_tester = GreenMIMModelTester("eager", self.backbone_type)
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         for model_class in self.all_model_classes:
             for by_config in (False, True):
@@ -140,16 +142,29 @@ class GreenMIMModelTest(ModelTesterMixin, unittest.TestCase):
                 with torch.no_grad():
                     weights = model(**self._prepare_for_class(inputs, model_class), **given).attentions
                 visible = 2 if model_class is GreenMIMForPreTraining else 1
-                sides = [tokens // visible for tokens in (64, 16)]
-                expected = [(3, heads, side, side) for heads, side in zip(config.num_heads, sides)]
+                # The first stage of Twins ends with attention to units.
+                keys = {"swin": (64, 16), "twins": (16, 16)}[self.backbone_type]
+                expected = [
+                    (3, heads, tokens // visible, count // visible)
+                    for heads, tokens, count in zip(config.num_heads, (64, 16), keys)
+                ]
                 self.assertEqual([tuple(part.shape) for part in weights], expected)
                 for part in weights:
                     torch.testing.assert_close(part.sum(dim=-1), torch.ones(part.shape[:-1]))
 
 
+class GreenMIMTwinsModelTest(GreenMIMModelTest):
+    backbone_type = "twins"
+
+
 class GreenMIMBackboneTest(BackboneTesterMixin, unittest.TestCase):
     all_model_classes = (GreenMIMBackbone,)
     config_class = GreenMIMConfig
+    backbone_type = "swin"
 
     def setUp(self):
-        self.model_tester = GreenMIMModelTester("eager")  # which keeps attention weights
+        self.model_tester = GreenMIMModelTester("eager", self.backbone_type)  # which keeps attention weights
+
+
+class GreenMIMTwinsBackboneTest(GreenMIMBackboneTest):
+    backbone_type = "twins"

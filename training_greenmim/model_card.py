@@ -228,7 +228,10 @@ def write_model_card(trainer, facts: RunFacts) -> None:
         trainer,
         facts,
         PRETRAINED,
-        {"pipeline_tag": "image-feature-extraction", "tags": ["greenmim", "swin", "masked-image-modeling"]},
+        {
+            "pipeline_tag": "image-feature-extraction",
+            "tags": ["greenmim", config.backbone_type, "masked-image-modeling"],
+        },
         recipe=_table(_pretraining_recipe(trainer)),
         pictures=pictures,
         mask_percent=f"{100 * config.mask_ratio:g}",

@@ -27,6 +27,7 @@ MODEL_SIZES = {
     "small": {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]},
     "base": {},
     "base-win14": {"window_size": 14},
+    "twins-large": {"backbone_type": "twins"},
     "large-win14": {"embed_dim": 192, "num_heads": [6, 12, 24, 48], "window_size": 14},
 }
 

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from modeling_greenmim.attention import GreenMIMWindowAttention
 
 
-_BLOCK_OR_MERGE = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.(?:blocks\.(\d+)|downsample)\.")
+_BLOCK_OR_MERGE = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.(?:blocks\.(\d+)|downsample|position_encoding)\.")
 
 
 def no_decay_parameters(model: nn.Module) -> set[str]:
@@ -34,7 +34,8 @@ def layer_of_parameter(name: str, depths: list[int]) -> int:
     """Number of the layer that a parameter of `GreenMIMForImageClassification` belongs to.
 
     The patch embedding is layer 0, block i (counted through the stages) layer i + 1, and the final norm and the
-    classifier are layer `sum(depths) + 1`. A merge goes with the last block of the stage that it ends.
+    classifier are layer `sum(depths) + 1`. A merge goes with the last block of the stage that it ends, Twins' position
+    encoding with the first block of its stage, which it follows.
 
     Args:
         name: as `named_parameters` gives it, of the model itself or of one that is wrapped.
@@ -47,7 +48,9 @@ def layer_of_parameter(name: str, depths: list[int]) -> int:
     if match := _BLOCK_OR_MERGE.search(name):
         stage, block = match.groups()
         blocks_before, blocks = sum(depths[: int(stage)]), depths[int(stage)]
-        return blocks_before + (blocks if block is None else int(block) + 1)
+        if block is not None:
+            return blocks_before + int(block) + 1
+        return blocks_before + (1 if "position_encoding" in parts else blocks)
     if "embeddings" in parts:
         return 0
     if "layernorm" in parts or "classifier" in parts:
