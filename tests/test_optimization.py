@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
 from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining
 from tests.training_helpers import tiny_config
@@ -97,9 +97,7 @@ def test_layers_of_a_model_of_three_stages_are_those_of_the_table():
     assert used == set(THREE_STAGES)
 
 
-@pytest.mark.parametrize(
-    "name", ["decoder.mask_token", "vit.encoder.layer.0.output.dense.weight", "decoder.norm.bias"]
-)
+@pytest.mark.parametrize("name", ["decoder.mask_token", "dinov2.encoder.layer.0.mlp.fc1.weight", "decoder.norm.bias"])
 def test_a_parameter_that_classifiers_do_not_have_has_no_layer(name):
     with pytest.raises(ValueError, match=f"`name` is '{name}'"):
         layer_of_parameter(name, SWIN_BASE)
@@ -176,8 +174,25 @@ def test_without_layer_decay_any_model_has_the_usual_two_groups(make):
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.3, 0.05), (0.3, 0.0)]
 
 
-@pytest.mark.parametrize("make", [other_model, lambda: nn.Linear(2, 3), lambda: GreenMIMForPreTraining(tiny_config())])
-def test_layer_decay_needs_a_greenmim_classifier(make):
+def test_layers_of_vit_and_swin():
+    rates = {}
+    swin = SwinForImageClassification(
+        SwinConfig(image_size=32, embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=2)
+    )
+    for model in (other_model(), swin):
+        for name, group in names_to_groups(model, parameter_groups(model, 1.0, 0.05, layer_decay=0.5)).items():
+            rates[name] = math.log2(1 / group["lr"]), group["weight_decay"]
+    expected = {"vit.embeddings.cls_token": (3, 0.0), "vit.embeddings.position_embeddings": (3, 0.0)}
+    expected |= {"vit.embeddings.patch_embeddings.projection.weight": (3, 0.05), "vit.layernorm.weight": (0, 0.0)}
+    expected |= {"vit.layers.0.attention.q_proj.weight": (2, 0.05), "vit.layers.1.mlp.fc1.weight": (1, 0.05)}
+    expected |= {"classifier.weight": (0, 0.05), "swin.embeddings.norm.weight": (4, 0.0)}
+    expected |= {"swin.encoder.layers.0.downsample.reduction.weight": (3, 0.05)}
+    expected |= {"swin.encoder.layers.1.blocks.1.mlp.fc1.weight": (1, 0.05), "swin.layernorm.bias": (0, 0.0)}
+    assert {name: rates[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(2, 3), lambda: GreenMIMForPreTraining(tiny_config())])
+def test_layer_decay_needs_a_known_classifier(make):
     model = make()
     with pytest.raises(ValueError, match=rf"`layer_decay` is 0\.7, but the model is a {type(model).__name__}"):
         parameter_groups(model, 0.3, 0.05, layer_decay=0.7)

@@ -10,52 +10,52 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from modeling_greenmim.attention import GreenMIMWindowAttention
 
-
-_BLOCK_OR_MERGE = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.(?:blocks\.(\d+)|downsample|position_encoding)\.")
+# Blocks of hierarchical models have a stage and a number, those of ViT a number alone.
+_HIERARCHICAL = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.(?:blocks\.(\d+)|downsample|position_encoding)\.")
+_PLAIN = re.compile(r"(?:^|\.)vit\.layers\.(\d+)\.")
+# Model types whose layers are known, and where their configuration says how many blocks each stage has.
+_DEPTHS_OF = {
+    "greenmim": lambda config: list(config.depths),
+    "swin": lambda config: list(config.depths),
+    "vit": lambda config: [config.num_hidden_layers],
+}
+_SPARED = ("relative_position_bias_table", "mask_token", "cls_token", "position_embeddings")
 
 
 def no_decay_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that weight decay leaves alone: 1-D parameters, position bias tables and tokens."""
-    tables = {
-        f"{name}.relative_position_bias_table"
-        for name, module in model.named_modules()
-        if isinstance(module, GreenMIMWindowAttention)
-    }
-    return {
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim <= 1 or name in tables or name.endswith("mask_token")
-    }
+    """Names of the parameters that weight decay leaves alone: 1-D parameters, position biases and tokens."""
+    return {name for name, parameter in model.named_parameters() if parameter.ndim <= 1 or name.endswith(_SPARED)}
 
 
 def layer_of_parameter(name: str, depths: list[int]) -> int:
-    """Number of the layer that a parameter of `GreenMIMForImageClassification` belongs to.
+    """Number of the layer that a parameter of an image classifier (GreenMIM, Swin or ViT) belongs to.
 
-    The patch embedding is layer 0, block i (counted through the stages) layer i + 1, and the final norm and the
-    classifier are layer `sum(depths) + 1`. A merge goes with the last block of the stage that it ends, Twins' position
-    encoding with the first block of its stage, which it follows.
+    The embedding is layer 0, block i (counted through the stages) layer i + 1, and the final norm and the classifier
+    are layer `sum(depths) + 1`. A merge goes with the last block of the stage that it ends, Twins' position encoding
+    with the first block of its stage, which it follows.
 
     Args:
         name: as `named_parameters` gives it, of the model itself or of one that is wrapped.
         depths: blocks of each stage.
 
     Raises:
-        `ValueError`: for a parameter that an image classifier does not have.
+        `ValueError`: for a parameter that such an image classifier does not have.
     """
     parts = name.split(".")
-    if match := _BLOCK_OR_MERGE.search(name):
+    if match := _HIERARCHICAL.search(name):
         stage, block = match.groups()
         blocks_before, blocks = sum(depths[: int(stage)]), depths[int(stage)]
         if block is not None:
             return blocks_before + int(block) + 1
         return blocks_before + (1 if "position_encoding" in parts else blocks)
+    if match := _PLAIN.search(name):
+        return int(match[1]) + 1
     if "embeddings" in parts:
         return 0
     if "layernorm" in parts or "classifier" in parts:
         return sum(depths) + 1
-    raise ValueError(f"`name` is {name!r}; image classifiers of GreenMIM have no such parameter.")
+    raise ValueError(f"`name` is {name!r}; image classifiers of GreenMIM, Swin and ViT have no such parameter.")
 
 
 def parameter_groups(
@@ -67,7 +67,7 @@ def parameter_groups(
     taught most, change least (BEiT, https://huggingface.co/papers/2106.08254, and SimMIM's recipe).
 
     Args:
-        model: any model; a GreenMIM image classifier unless `layer_decay` is 1.
+        model: any model; an image classifier of GreenMIM, Swin or ViT unless `layer_decay` is 1.
         learning_rate: that of the head.
         weight_decay: for all parameters but those of `no_decay_parameters`.
         layer_decay: factor of the learning rate from each layer to the one below it; see `layer_of_parameter`.
@@ -95,12 +95,13 @@ def _depths(model: nn.Module, layer_decay: float) -> list[int]:
     # By the configuration: a model that was loaded as remote code has classes of its own.
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "greenmim" or not hasattr(model, "classifier"):
+    model_type = getattr(config, "model_type", None)
+    if model_type not in _DEPTHS_OF or not hasattr(model, "classifier"):
         raise ValueError(
             f"`layer_decay` is {layer_decay}, but the model is a {type(model).__name__}; only the layers of image"
-            " classifiers of GreenMIM are known. 1.0 fits every model."
+            " classifiers of GreenMIM, Swin and ViT are known. 1.0 fits every model."
         )
-    return list(config.depths)
+    return _DEPTHS_OF[model_type](config)
 
 
 def cosine_schedule(
