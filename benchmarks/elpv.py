@@ -329,8 +329,8 @@ def peers(args) -> tuple[str, str]:
         f"Pre-trained for the time of {steps:,} steps of GreenMIM with {batch_size} images, by steps timed in"
         " turns in one process; same photographs, crops, optimizer and learning rate. "
         + "; ".join(facts)
-        + f". Each was then fine-tuned in two ways, with rates by layer (`{' '.join(GENTLE_TRAINING[-4:])}`) and with one"
-        f" rate (`{' '.join(TRAINING[-2:])}`): compare the better row of each. The first was chosen for GreenMIM; no"
+        + f". Each was then fine-tuned in two ways, with rates by layer (`{' '.join(GENTLE_TRAINING[-4:])}`) and with"
+        f" one rate (`{' '.join(TRAINING[-2:])}`): compare the better row of each. The first was chosen for GreenMIM; no"
         " further values were tried for the others."
     )
     return table(rows, args.seeds), text
