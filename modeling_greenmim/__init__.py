@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from .configuration_greenmim import AUTO_MAP, GreenMIMConfig
+from .grouping import MaskPlan, plan_mask
 from .image_processing_greenmim import GreenMIMImageProcessorPil
 from .modeling_greenmim import (
     GreenMIMBackbone,
@@ -47,4 +48,6 @@ __all__ = [
     "GreenMIMImageProcessorPil",
     "GreenMIMModel",
     "GreenMIMPreTrainedModel",
+    "MaskPlan",
+    "plan_mask",
 ]

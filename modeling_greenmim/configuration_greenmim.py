@@ -71,7 +71,7 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         out_indices (`list[int]`, *optional*): The same by number; 0 is the stem.
 
     Derived and read-only: `encoder_stride` (side of a mask unit in pixels), `hidden_size` (width of the last stage),
-    `num_hidden_layers` (number of stages), `num_attention_heads`, `stage_names`.
+    `num_hidden_layers` (number of stages), `num_attention_heads`, `stage_names`, `stage_windows`.
 
     Raises:
         `huggingface_hub.errors.StrictDataclassError`: when values are of the wrong type or contradict one another,
@@ -151,6 +151,12 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
     def encoder_stride(self, value: int) -> None:
         # Transformers' example scripts write the value that they read; any other one would be a contradiction.
         _require(value == self.encoder_stride, "encoder_stride", value, f"the other values give {self.encoder_stride}")
+
+    @property
+    def stage_windows(self) -> tuple[int, ...]:
+        """Window of each stage: `window_size`, shrunk to the smaller side of the stage's grid at `image_size`."""
+        smaller_side = min(self.image_height_and_width) // self.patch_size
+        return tuple(min(self.window_size, smaller_side // 2**stage) for stage in range(len(self.depths)))
 
     @property
     def image_height_and_width(self) -> tuple[int, int]:

@@ -47,7 +47,6 @@ from .formats import (
 )
 from .image_processing_greenmim import GreenMIMImageProcessorPil, build_image_processor
 from .resizing import BIAS_TABLE, window_of_table
-from .swin import stage_windows
 
 
 # What models compute anew, or what no other task uses.
@@ -317,10 +316,10 @@ def infer_config(checkpoint: Checkpoint, **values) -> GreenMIMConfig:
         inferred.pop("num_labels", None)
     with clear_errors("The configuration"):
         config = GreenMIMConfig(**{**inferred, **checkpoint.values, **values})
-    if windows is not None and list(stage_windows(config)) != windows:
+    if windows is not None and list(config.stage_windows) != windows:
         raise CheckpointError(
             f"The windows of the stages are {windows} in the checkpoint, but images of `image_size`"
-            f" {config.image_size} have {list(stage_windows(config))}: give --image_size."
+            f" {config.image_size} have {list(config.stage_windows)}: give --image_size."
         )
     return config
 
@@ -499,7 +498,7 @@ def buffers(config: GreenMIMConfig) -> dict[str, torch.Tensor]:
     found = {}
     if config.backbone_type == "twins":
         return found
-    for stage, window in enumerate(stage_windows(config)):
+    for stage, window in enumerate(config.stage_windows):
         rows, columns = (side.flatten() for side in torch.meshgrid(*[torch.arange(window)] * 2, indexing="ij"))
         index = (rows[:, None] - rows + window - 1) * (2 * window - 1) + columns[:, None] - columns + window - 1
         for block in range(config.depths[stage]):
@@ -513,7 +512,7 @@ def swin_config(config: GreenMIMConfig) -> SwinConfig:
     Raises:
         `CheckpointError`: when Transformers' Swin cannot express it.
     """
-    windows = stage_windows(config)
+    windows = config.stage_windows
     if set(windows) != {config.window_size}:
         raise CheckpointError(
             f"Transformers' Swin has one window for all stages, but `window_size` {config.window_size} at `image_size`"

@@ -4,8 +4,12 @@
 Each window holds another number of visible tokens. Whole windows are packed into groups of equally many slots (paper,
 section 3.2); attention is dense inside a group, and a mask lets through only pairs of one window. A plan depends on
 the mask, the grid, the window and the shift alone: it is made once per (stage, shift), on the CPU, in NumPy.
+
+Plans are tight, as many and as large groups as a mask needs, or static: the same shapes for every mask that keeps as
+many units, so that a training step is compiled once.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -13,6 +17,7 @@ from itertools import chain
 import numpy as np
 import torch
 
+from .configuration_greenmim import GreenMIMConfig
 from .layout import token_places
 
 
@@ -40,10 +45,10 @@ class GroupPlan:
     slot_of_token: torch.Tensor | None
     bias_index: torch.Tensor
 
-    def to(self, device: torch.device) -> "GroupPlan":
-        """The plan with its index tensors on `device`."""
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "GroupPlan":
+        """The plan with its index tensors changed."""
         tensors = (self.token_of_slot, self.slot_of_token, self.bias_index)
-        return GroupPlan(*(_move(tensor, device) for tensor in tensors))
+        return GroupPlan(*(_map(tensor, change) for tensor in tensors))
 
     @property
     def group_size(self) -> int:
@@ -61,8 +66,8 @@ class GroupPlan:
         return self.slot_of_token is not None and self.slot_of_token.shape[1] < self.num_slots
 
 
-def _move(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(device)
+def _map(tensor: torch.Tensor | None, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
+    return None if tensor is None else change(tensor)
 
 
 def pack_windows(num_windows_of_size: list[int], group_size: int) -> tuple[list[list[int]], int]:
@@ -126,8 +131,47 @@ def choose_groups(counts: np.ndarray, num_tokens: int) -> tuple[int, int, list[l
     return best
 
 
+def static_groups(num_tokens: int, largest: int) -> tuple[int, int] | None:
+    """Group size and number of groups that hold every mask's windows, by the least cost.
+
+    Where `k` windows of the largest size fit into a group of `G` slots, `pack_windows` fills more than
+    `G * k / (k + 1)` of every group but the last: the largest window left out, of `s` tokens, came when at least `k`
+    windows not smaller than it were in, of `F` tokens together; so `F >= k * s` and `F + s > G`.
+
+    Args:
+        num_tokens: tokens of a plan.
+        largest: tokens that a window may hold.
+
+    Returns:
+        Group size and number of groups; None when a single group of all tokens is cheapest.
+    """
+    best, best_cost = None, num_tokens**2
+    for group_size in range(largest, num_tokens):
+        fitting = group_size // largest
+        num_groups = -(-(num_tokens - 1) * (fitting + 1) // (fitting * group_size))
+        cost = num_groups * group_size * (group_size + SLOT_COST)
+        if cost < best_cost:
+            best, best_cost = (group_size, num_groups), cost
+    return best
+
+
+def pack_statically(counts: np.ndarray, num_tokens: int, largest: int):
+    """As `choose_groups`, in groups whose size and number do not depend on the counts."""
+    shape = static_groups(num_tokens, largest)
+    if shape is None:
+        return None
+    group_size, num_groups = shape
+    packed = [pack_windows(np.bincount(row, minlength=largest + 1).tolist(), group_size)[0] for row in counts]
+    return group_size, num_groups, packed
+
+
 def plan_groups(
-    places: np.ndarray, grid: tuple[int, int], window_size: int, shift: int, padded_grid: tuple[int, int] | None = None
+    places: np.ndarray,
+    grid: tuple[int, int],
+    window_size: int,
+    shift: int,
+    padded_grid: tuple[int, int] | None = None,
+    static: bool = False,
 ) -> GroupPlan:
     """Plans (shifted) window attention over the tokens at the given places.
 
@@ -137,6 +181,7 @@ def plan_groups(
         window_size: side `w` of a window in tokens.
         shift: 0, or the shift of the windows (`w // 2` in odd blocks).
         padded_grid: `grid` with padding below and right, whose tokens attend one another only; default: no padding.
+        static: whether shapes depend on the number of tokens alone.
     """
     num_plans, num_tokens = places.shape
     window_of_place, key_of_place, num_windows = _places_of_windows(grid, window_size, shift, padded_grid or grid)
@@ -147,7 +192,10 @@ def plan_groups(
     windows = windows.ravel()
     counts = np.bincount(windows, minlength=num_plans * num_windows)
     counts_of_plans = counts.reshape(num_plans, num_windows)
-    packing = choose_groups(counts_of_plans, num_tokens)
+    if static:
+        packing = pack_statically(counts_of_plans, num_tokens, window_size**2)
+    else:
+        packing = choose_groups(counts_of_plans, num_tokens)
     if packing is None:
         return GroupPlan(None, None, _bias_index(keys[:, None], window_size))
 
@@ -224,18 +272,45 @@ class StagePlan:
     padded_grid: tuple[int, int]
     places: torch.Tensor | None
 
-    def to(self, device: torch.device) -> "StagePlan":
-        """The plan with its index tensors on `device`."""
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "StagePlan":
+        """The plan with its index tensors changed."""
         even, odd = self.groups
-        moved = even.to(device)
+        changed = even.map(change)
         return StagePlan(
             self.grid,
-            (moved, moved if odd is even else odd.to(device)),
-            _move(self.inside, device),
-            _move(self.raster, device),
+            (changed, changed if odd is even else odd.map(change)),
+            _map(self.inside, change),
+            _map(self.raster, change),
             self.padded_grid,
-            _move(self.places, device),
+            _map(self.places, change),
         )
+
+
+@dataclass(frozen=True)
+class MaskPlan:
+    """A mask, or one per sample, and the plans of all stages. Models take it instead of a mask.
+
+    It moves as tensors do: a data loader pins it, and it is copied to the device without waiting.
+
+    Attributes:
+        visible_units: `(1 or batch, num_visible)` int64, ascending; None when every unit is visible.
+        stages: the plan of each stage.
+    """
+
+    visible_units: torch.Tensor | None
+    stages: tuple[StagePlan, ...]
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MaskPlan":
+        """The plan with its index tensors changed."""
+        return MaskPlan(_map(self.visible_units, change), tuple(stage.map(change) for stage in self.stages))
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "MaskPlan":
+        """The plan on a device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "MaskPlan":
+        """The plan in memory from which a device can copy on its own."""
+        return self.map(torch.Tensor.pin_memory)
 
 
 def plan_stages(
@@ -244,6 +319,7 @@ def plan_stages(
     window_sizes: tuple[int, ...],
     raster: bool = False,
     is_twins: bool = False,
+    static: bool = False,
 ) -> tuple[StagePlan, ...]:
     """Plans every stage of an encoder for one mask, or for one mask per sample.
 
@@ -254,6 +330,7 @@ def plan_stages(
         window_sizes: window of each stage.
         raster: whether tokens will be put into raster order.
         is_twins: no window is shifted, and convolutions need the tokens' places.
+        static: whether shapes depend on the number of visible units alone.
     """
     num_stages = len(window_sizes)
     unit_grid = tuple(-(-side // 2 ** (num_stages - 1)) for side in patch_grid)
@@ -263,9 +340,9 @@ def plan_stages(
         grid = tuple(-(-length // 2**stage) for length in patch_grid)
         padded_grid = (unit_grid[0] * side, unit_grid[1] * side)
         places = token_places(visible_units, unit_grid, side)
-        even = odd = plan_groups(places, grid, window_size, 0, padded_grid)
+        even = odd = plan_groups(places, grid, window_size, 0, padded_grid, static)
         if min(grid) > window_size > 1 and not is_twins:
-            odd = plan_groups(places, grid, window_size, window_size // 2, padded_grid)
+            odd = plan_groups(places, grid, window_size, window_size // 2, padded_grid, static)
         inside = None
         if grid != padded_grid:
             inside = (places // padded_grid[1] < grid[0]) & (places % padded_grid[1] < grid[1])
@@ -289,6 +366,30 @@ def _raster_order(places: np.ndarray, inside: np.ndarray | None) -> torch.Tensor
     return torch.from_numpy(order + places.shape[1] * np.arange(len(places))[:, None])
 
 
+def plan_mask(
+    config: GreenMIMConfig,
+    visible_units: torch.Tensor,
+    unit_grid: tuple[int, int] | None = None,
+    raster: bool = False,
+    static: bool = False,
+) -> MaskPlan:
+    """Plans a forward pass with one mask, or with one mask per sample, for example in a worker of a data loader.
+
+    Args:
+        config: of the model.
+        visible_units: `(1 or batch, num_visible)`, ascending, on the CPU.
+        unit_grid: rows and columns of mask units; default: those of `config.image_size`.
+        raster: whether hidden states or attention weights will be asked for.
+        static: whether shapes depend on the number of visible units alone, for compiled models. Groups are then larger
+            than a mask needs.
+    """
+    patches_per_side = config.encoder_stride // config.patch_size
+    patch_grid = tuple(side * patches_per_side for side in unit_grid or config.unit_grid)
+    is_twins = config.backbone_type == "twins"
+    stages = plan_stages(visible_units.numpy(), patch_grid, config.stage_windows, raster, is_twins, static)
+    return MaskPlan(visible_units, stages)
+
+
 def plan_all_visible(
     patch_grid: tuple[int, int], window_sizes: tuple[int, ...], device: torch.device, is_twins: bool = False
 ) -> tuple[StagePlan, ...]:
@@ -305,4 +406,4 @@ def _plan_all_visible(patch_grid, window_sizes, device, is_twins):
     # Tensors made in inference mode could not serve training later.
     with torch.inference_mode(False):
         plans = plan_stages(np.arange(num_units)[None], patch_grid, window_sizes, raster=True, is_twins=is_twins)
-        return tuple(plan.to(device) for plan in plans)
+        return tuple(plan.map(lambda tensor: tensor.to(device)) for plan in plans)

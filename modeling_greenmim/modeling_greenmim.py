@@ -18,11 +18,11 @@ from transformers.utils.generic import can_return_tuple
 from .attention import GreenMIMWindowAttention
 from .configuration_greenmim import GreenMIMConfig
 from .decoder import GreenMIMDecoder, reconstruction_loss
-from .grouping import StagePlan, plan_all_visible, plan_stages
+from .grouping import MaskPlan, StagePlan, plan_all_visible, plan_mask
 from .layout import patchify, take_tokens, unpatchify
 from .masking import sample_noise, unit_mask, visible_units_from_mask, visible_units_from_noise
 from .resizing import BiasTableResizing
-from .swin import GreenMIMEmbeddings, GreenMIMSwinEncoder, stage_windows
+from .swin import GreenMIMEmbeddings, GreenMIMSwinEncoder
 from .twins import GreenMIMTwinsEncoder
 
 
@@ -177,10 +177,9 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
     def __init__(self, config: GreenMIMConfig):
         super().__init__(config)
         self.embeddings = GreenMIMEmbeddings(config)
-        self.is_twins = config.backbone_type == "twins"
-        self.encoder = (GreenMIMTwinsEncoder if self.is_twins else GreenMIMSwinEncoder)(config)
+        encoder_class = GreenMIMTwinsEncoder if config.backbone_type == "twins" else GreenMIMSwinEncoder
+        self.encoder = encoder_class(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.window_sizes = stage_windows(config)
         self.post_init()
 
     @can_return_tuple
@@ -190,6 +189,7 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
         bool_masked_pos: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
         mask_ratio: float | None = None,
+        plan: MaskPlan | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
@@ -203,6 +203,8 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
             noise: `(1 or batch_size, num_units)`; the units of lowest noise stay visible. One row serves the batch.
             mask_ratio: share of units to mask; with it alone, one random mask serves the whole batch. Default: no
                 mask, or `config.mask_ratio` when `noise` is given.
+            plan: a mask with its plans, made by `plan_mask` ahead of time and on the device of the images, instead of
+                any of these: nothing is planned here then, and no device is waited for.
             output_attentions: whether to return attention weights (attn_implementation "eager" only).
             output_hidden_states: whether to return the hidden states of all stages.
 
@@ -213,10 +215,14 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        visible = self._visible_units(unit_grid, pixel_values.shape[0], bool_masked_pos, noise, mask_ratio)
-        plans = self._plans(unit_grid, visible, pixel_values.device, output_hidden_states or output_attentions)
-        if visible is not None:
-            visible = visible.to(pixel_values.device)
+        needs_raster = output_hidden_states or output_attentions
+        if plan is None:
+            plan = self._plan(pixel_values, unit_grid, bool_masked_pos, noise, mask_ratio, needs_raster)
+        elif bool_masked_pos is not None or noise is not None:
+            raise ValueError("`plan` says what is masked; `bool_masked_pos` and `noise` cannot be given too.")
+        else:
+            _check_plan(plan, unit_grid, pixel_values.shape[0], needs_raster)
+        visible, plans = plan.visible_units, plan.stages
 
         embeddings = self.embeddings(pixel_values, visible)
         encoded = self.encoder(embeddings, plans, output_attentions=output_attentions)
@@ -239,6 +245,16 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
             reshaped_hidden_states=reshaped,
         )
 
+    @torch.compiler.disable
+    def _plan(self, pixel_values, unit_grid, bool_masked_pos, noise, mask_ratio, raster: bool) -> MaskPlan:
+        """Plan on the device of the images."""
+        device = pixel_values.device
+        visible = self._visible_units(unit_grid, pixel_values.shape[0], bool_masked_pos, noise, mask_ratio)
+        if visible is None:
+            patch_grid = tuple(side // self.config.patch_size for side in pixel_values.shape[2:])
+            return MaskPlan(None, _plan_all_visible(self.config, patch_grid, device))
+        return plan_mask(self.config, visible, unit_grid, raster).to(device)
+
     def _visible_units(self, unit_grid, batch_size, bool_masked_pos, noise, mask_ratio) -> torch.Tensor | None:
         """Visible units on the CPU, `(1 or batch_size, num_visible)`; None when every unit is visible."""
         num_units = unit_grid[0] * unit_grid[1]
@@ -256,14 +272,21 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
         mask_ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
         return visible_units_from_noise(noise, num_units, batch_size, mask_ratio)
 
-    @torch.compiler.disable
-    def _plans(self, unit_grid, visible_units, device, raster: bool) -> tuple[StagePlan, ...]:
-        patches_per_side = self.config.encoder_stride // self.config.patch_size
-        patch_grid = (unit_grid[0] * patches_per_side, unit_grid[1] * patches_per_side)
-        if visible_units is None:
-            return plan_all_visible(patch_grid, self.window_sizes, device, self.is_twins)
-        plans = plan_stages(visible_units.numpy(), patch_grid, self.window_sizes, raster, self.is_twins)
-        return tuple(plan.to(device) for plan in plans)
+
+def _plan_all_visible(config: GreenMIMConfig, patch_grid: tuple[int, int], device) -> tuple[StagePlan, ...]:
+    return plan_all_visible(patch_grid, config.stage_windows, device, config.backbone_type == "twins")
+
+
+def _check_plan(plan: MaskPlan, unit_grid: tuple[int, int], batch_size: int, needs_raster: bool) -> None:
+    if plan.stages[-1].grid != unit_grid:
+        raise ValueError(f"`plan` was made for {plan.stages[-1].grid} mask units, but the images have {unit_grid}.")
+    masks = 1 if plan.visible_units is None else plan.visible_units.shape[0]
+    if masks not in (1, batch_size):
+        raise ValueError(
+            f"`plan` has {masks} masks, but the batch has {batch_size} images; one or as many are needed."
+        )
+    if needs_raster and plan.stages[0].raster is None:
+        raise ValueError("`plan` was made without `raster=True`, which hidden states and attention weights need.")
 
 
 def _to_map(tokens: torch.Tensor, plan: StagePlan) -> torch.Tensor:
@@ -330,6 +353,7 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         bool_masked_pos: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
+        plan: MaskPlan | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
@@ -340,6 +364,7 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
             pixel_values: `(batch_size, num_channels, height, width)`; each side a multiple of the mask unit.
             bool_masked_pos: `(1 or batch_size, num_units)` or `(1 or batch_size, num_patches)`; 1 or True = masked.
             noise: `(1 or batch_size, num_units)`; the units of lowest noise stay visible.
+            plan: a mask with its plans, instead of these; see `GreenMIMModel`.
             output_attentions, output_hidden_states: as in `GreenMIMModel`.
 
         Raises:
@@ -350,7 +375,8 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
             pixel_values,
             bool_masked_pos=bool_masked_pos,
             noise=noise,
-            mask_ratio=self.config.mask_ratio if bool_masked_pos is None else None,
+            mask_ratio=self.config.mask_ratio if bool_masked_pos is None and plan is None else None,
+            plan=plan,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
@@ -489,7 +515,7 @@ class GreenMIMBackbone(BackboneMixin, GreenMIMPreTrainedModel):
     @torch.compiler.disable
     def _plans(self, image_size: tuple[int, int], device: torch.device) -> tuple[StagePlan, ...]:
         patch_grid = tuple(-(-side // self.config.patch_size) for side in image_size)
-        return plan_all_visible(patch_grid, self.greenmim.window_sizes, device, self.greenmim.is_twins)
+        return _plan_all_visible(self.config, patch_grid, device)
 
 
 __all__ = [

@@ -13,8 +13,6 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.utils import logging
 
-from .swin import stage_windows
-
 
 logger = logging.get_logger(__name__)
 
@@ -74,7 +72,7 @@ class BiasTableResizing(ConversionOps):
         (table,) = input_dict[BIAS_TABLE]
         # From the configuration and not from the parameter, which is empty where DeepSpeed has partitioned it.
         stage = int(re.search(r"encoder\.layers\.(\d+)\.", full_layer_name)[1])
-        old, new = window_of_table(table), stage_windows(config)[stage]
+        old, new = window_of_table(table), config.stage_windows[stage]
         if old is None:
             self.malformed[full_layer_name] = tuple(table.shape)
         elif old != new and table.shape[1] == config.num_heads[stage]:

@@ -17,12 +17,6 @@ from .grouping import GroupPlan, StagePlan
 from .layout import nested_patches
 
 
-def stage_windows(config: GreenMIMConfig) -> tuple[int, ...]:
-    """Window of each stage: `window_size`, shrunk to the smaller side of the stage's grid at `image_size`."""
-    smaller_side = min(config.image_height_and_width) // config.patch_size
-    return tuple(min(config.window_size, smaller_side // 2**stage) for stage in range(len(config.depths)))
-
-
 class GreenMIMDropPath(nn.Module):
     """Stochastic depth (https://huggingface.co/papers/1603.09382): drops a residual branch per sample in training."""
 
@@ -198,7 +192,7 @@ class GreenMIMSwinEncoder(nn.Module):
         ends = [sum(config.depths[: stage + 1]) for stage in range(len(config.depths))]
         self.layers = nn.ModuleList(
             self.stage_class(config, stage, window_size, rates[ends[stage] - config.depths[stage] : ends[stage]])
-            for stage, window_size in enumerate(stage_windows(config))
+            for stage, window_size in enumerate(config.stage_windows)
         )
 
     def forward(

@@ -9,7 +9,6 @@ from transformers import AutoConfig
 from configuration_greenmim import GreenMIMConfig
 from modeling_greenmim import GreenMIMConfig as PackagedConfig
 from modeling_greenmim.configuration_greenmim import count_visible_units
-from modeling_greenmim.swin import stage_windows
 from tests.oracle import tiny_config
 
 
@@ -57,7 +56,7 @@ def test_derived_values_cannot_be_set(name):
     [(224, 7, (7, 7, 7, 7)), (224, 14, (14, 14, 14, 7)), ((96, 224), 9, (9, 9, 6, 3)), (64, 5, (5, 5, 4, 2))],
 )
 def test_windows_shrink_to_the_smaller_side(image_size, window, expected):
-    assert stage_windows(GreenMIMConfig(image_size=image_size, window_size=window)) == expected
+    assert GreenMIMConfig(image_size=image_size, window_size=window).stage_windows == expected
 
 
 @pytest.mark.parametrize(

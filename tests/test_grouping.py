@@ -3,12 +3,21 @@
 import itertools
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_greenmim import grouping
-from modeling_greenmim.grouping import choose_groups, pack_windows, plan_all_visible, plan_groups, plan_stages
+from modeling_greenmim import GreenMIMConfig, grouping
+from modeling_greenmim.grouping import (
+    choose_groups,
+    pack_windows,
+    plan_all_visible,
+    plan_groups,
+    plan_mask,
+    plan_stages,
+)
+from modeling_greenmim.masking import sample_noise, visible_units_from_noise
 from tests.oracle import bias_row, nested_coordinates, shift_of, window_of
 
 
@@ -94,14 +103,14 @@ def scenes(draw):
 
 
 @properties
-@given(scenes(), st.sampled_from([0, 4, 32]))
-def test_plans_let_exactly_the_pairs_of_a_window_meet(scene, slot_cost):
+@given(scenes(), st.sampled_from([0, 4, 32]), st.booleans())
+def test_plans_let_exactly_the_pairs_of_a_window_meet(scene, slot_cost, static):
     """Cheap slots make groups even of few tokens, which the real cost puts into one."""
     places, grid, padded_grid, window, shift = scene
     real_cost = grouping.SLOT_COST
     try:
         grouping.SLOT_COST = slot_cost
-        plan = plan_groups(places, grid, window, shift, padded_grid)
+        plan = plan_groups(places, grid, window, shift, padded_grid, static)
     finally:
         grouping.SLOT_COST = real_cost
     assert plan.bias_index.shape[0] == len(places)
@@ -170,7 +179,7 @@ def test_unshifted_stages_share_one_plan():
     shifted, shrunk = plan_stages(np.arange(16)[None], (8, 8), (3, 4))
     assert shifted.groups[0] is not shifted.groups[1]
     assert shrunk.groups[0] is shrunk.groups[1]
-    moved = shrunk.to(torch.device("cpu"))
+    moved = shrunk.map(torch.Tensor.clone)
     assert moved.groups[0] is moved.groups[1]
     assert shifted.raster is None
 
@@ -242,3 +251,43 @@ def test_groups_pay_at_the_size_of_swin_base():
     assert first.token_of_slot is not None
     assert first.num_slots * first.group_size < 768**2 / 4
     assert last.token_of_slot is None and last.group_size == 12
+
+
+# Static plans
+
+
+@properties
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(0, 40), st.integers(0, 32))
+def test_static_groups_hold_windows_of_any_sizes(sizes, slack, slot_cost):
+    """The bound is proved in `static_groups`; windows of any sizes must keep to it, for every group size."""
+    num_tokens, largest = sum(sizes), 20
+    group_size = largest + slack
+    fitting = group_size // largest
+    bound = -(-(num_tokens - 1) * (fitting + 1) // (fitting * group_size))
+    num_groups = pack_windows(np.bincount(sizes, minlength=largest + 1).tolist(), group_size)[1]
+    assert num_groups <= max(1, bound)
+
+
+def shapes_of(plan) -> tuple[torch.Size, ...]:
+    """Shapes of all index tensors."""
+    shapes = []
+    plan.map(lambda tensor: shapes.append(tensor.shape) or tensor)
+    return tuple(shapes)
+
+
+@pytest.mark.parametrize("is_twins", [False, True])
+@pytest.mark.parametrize(
+    ("image_size", "window", "ratio"), [(224, 7, 0.75), (224, 7, 0.5), (224, 14, 0.6), (320, 7, 0.9)]
+)
+def test_static_plans_have_the_same_shapes_for_every_mask(image_size, window, ratio, is_twins):
+    config = GreenMIMConfig(
+        image_size=image_size, window_size=window, mask_ratio=ratio, backbone_type="twins" if is_twins else "swin"
+    )
+    num_units = config.unit_grid[0] * config.unit_grid[1]
+    shapes, tight = set(), set()
+    for seed in range(100):
+        noise = sample_noise(num_units, generator=torch.Generator().manual_seed(seed))
+        visible = visible_units_from_noise(noise, num_units, 1, ratio)
+        shapes.add(shapes_of(plan_mask(config, visible, static=True)))
+        tight.add(shapes_of(plan_mask(config, visible)))
+    assert len(shapes) == 1 and len(tight) > 1

@@ -28,6 +28,7 @@ from modeling_greenmim import (
     GreenMIMForPreTraining,
     GreenMIMModel,
 )
+from modeling_greenmim.grouping import plan_mask
 from tests.oracle import (
     DenseEncoder,
     assert_all_close,
@@ -367,6 +368,76 @@ def test_compiled_training_steps_equal_eager_ones():
             grads.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
         assert_all_close(grads[1], grads[0], 1e-4)
+
+
+@pytest.mark.parametrize("backbone_type", ["swin", "twins"])
+@pytest.mark.parametrize("masks", [1, 2])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_plan_made_ahead_gives_what_its_mask_gives(backbone_type, masks, static, monkeypatch):
+    model = randomize(GreenMIMForPreTraining(tiny_config(backbone_type=backbone_type, window_size=3)))
+    pixel_values, mask = random_images(2, 96, 96).requires_grad_(), random_masks(masks, 36, 18)
+    expected = model(pixel_values, bool_masked_pos=mask)
+    visible = (~mask).nonzero()[:, 1].view(masks, -1)
+    plan = plan_mask(model.config, visible, static=static)
+    assert not static or any(stage.groups[0].token_of_slot is not None for stage in plan.stages)
+    monkeypatch.setattr(GreenMIMModel, "_plan", None)  # nothing is planned in forward
+    outputs = model(pixel_values, plan=plan)
+    assert_close(outputs.loss, expected.loss)
+    assert_close(outputs.logits, expected.logits)
+    assert torch.equal(outputs.mask, expected.mask)
+    actual, wanted = (gradients(loss, model, pixel_values) for loss in (outputs.loss, expected.loss))
+    assert_all_close(actual, wanted)
+
+
+def test_plans_that_do_not_fit_are_refused(pretraining):
+    plan = plan_mask(pretraining.config, torch.arange(9).view(1, 9))
+    with pytest.raises(ValueError, match=r"`plan` says what is masked"):
+        pretraining(images(), plan=plan, noise=torch.rand(1, 36))
+    with pytest.raises(ValueError, match=r"`plan` was made for \(6, 6\) mask units, but the images have \(4, 6\)"):
+        pretraining(images(height=64), plan=plan)
+    with pytest.raises(ValueError, match=r"`plan` has 3 masks, but the batch has 2 images"):
+        pretraining(images(), plan=plan_mask(pretraining.config, torch.arange(9).repeat(3, 1)))
+    with pytest.raises(ValueError, match=r"without `raster=True`"):
+        pretraining(images(), plan=plan, output_hidden_states=True)
+
+
+def test_a_step_is_compiled_once_for_all_masks():
+    """1,000 steps with fresh masks of static plans: one graph, no break, and the losses of the model as it is."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    config = tiny_config(image_size=64, depths=(1, 2), num_heads=(1, 2), patch_size=4, window_size=4, mask_ratio=0.5)
+    model = GreenMIMForPreTraining(config)
+    compiled, pixel_values = torch.compile(model, fullgraph=True), images(height=64, width=64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for step in range(1000):
+        visible = random_masks(1, 64, 32, step).logical_not().nonzero()[:, 1].view(1, -1)
+        plan = plan_mask(config, visible, static=True)
+        loss = compiled(pixel_values, plan=plan).loss
+        if step % 250 == 0:
+            assert loss.item() == pytest.approx(model(pixel_values, plan=plan).loss.item(), rel=1e-5)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("backbone_type", ["swin", "twins"])
+@pytest.mark.parametrize("masks", [1, 2])
+def test_a_step_on_a_device_waits_for_nothing(backbone_type, masks):
+    """Tensors of the device "meta" take the path of a GPU and have no values: whatever needs one raises."""
+    config = tiny_config(backbone_type=backbone_type)
+    plan = plan_mask(config, random_masks(masks, 36, 9).logical_not().nonzero()[:, 1].view(masks, -1))
+    with torch.device("meta"):
+        model = GreenMIMForPreTraining(config).train()
+        optimizer = torch.optim.AdamW(model.parameters())
+        loss = model(torch.empty(2, 3, 96, 96), plan=plan.to(torch.device("meta"))).loss
+        loss.backward()
+        optimizer.step()
+    assert loss.device.type == "meta" and all(parameter.grad is not None for parameter in model.parameters())
+    with pytest.raises(RuntimeError, match="meta"):
+        loss.item()  # what waiting would look like
 
 
 def exported_models():
