@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass, field
 
 import datasets
+from datasets.distributed import split_dataset_by_node
 from transformers import AutoImageProcessor, AutoModelForPreTraining, set_seed
 
 from modeling_greenmim import GreenMIMForPreTraining
@@ -162,7 +163,8 @@ def build_datasets(data: DataArguments, args: MIMTrainingArguments, config) -> t
         transform = TrainTransform(size, channels, scale=(data.min_crop_scale, 1.0))
         if data.streaming:
             train = train.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
-            train_dataset = ImageStream(train, column, transform, args.seed, repeat=True)
+            train = split_dataset_by_node(train, args.process_index, args.world_size)
+            train_dataset = ImageStream(train, column, transform, args.seed, args.process_index, repeat=True)
         else:
             train_dataset = ImageDataset(train, column, transform, args.seed)
     if args.do_eval:

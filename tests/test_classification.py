@@ -141,7 +141,7 @@ def test_training_stops_at_a_broken_loss(tmp_path):
     trainer = make_trainer(tmp_path)
     with torch.no_grad():
         trainer.model.classifier.bias.fill_(math.nan)
-    with pytest.raises(NonFiniteLossError, match="nan at step 1"):
+    with pytest.raises(NonFiniteLossError, match="not a finite number at step 1"):
         trainer.train()
 
 
@@ -204,19 +204,21 @@ def sampled(trainer, epoch: int) -> list[tuple[int, ...]]:
 def test_epochs_have_whole_batches_of_different_images(tmp_path):
     trainer = make_trainer(tmp_path, count=19)
     first, second = sampled(trainer, 0), sampled(trainer, 1)
-    assert len(set(first)) == len(first) == 16 and {epoch for epoch, _ in first} == {0}
-    assert {index for _, index in first} != {index for _, index in second}, "others are left out"
+    assert len(set(first)) == len(first) == 16 and {epoch for epoch, _, _ in first} == {0}
+    assert {index for _, _, index in first} != {index for _, _, index in second}, "others are left out"
     assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [4] * 4
 
 
 def test_repeated_augmentation_draws_fewer_images_anew_each_time(tmp_path):
     trainer = make_trainer(tmp_path, count=19, plain=False, repeated_augmentation=4)
     keys = sampled(trainer, 2)
-    assert len(keys) == 16 and Counter(index for _, index, _ in keys) == Counter({keys[4 * i][1]: 4 for i in range(4)})
+    assert len(keys) == 16 and Counter(index for _, _, index, _ in keys) == Counter(
+        {keys[4 * i][2]: 4 for i in range(4)}
+    )
     batch = next(iter(trainer.get_train_dataloader()))
     assert len(batch["pixel_values"].flatten(1).unique(dim=0)) == 4, "four crops"
     assert len(set(batch["labels"].tolist())) == 1, "of one image"
-    drawn = {index for epoch in range(60) for _, index, _ in sampled(trainer, epoch)}
+    drawn = {index for epoch in range(60) for _, _, index, _ in sampled(trainer, epoch)}
     assert drawn == set(range(19))
 
 

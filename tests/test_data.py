@@ -66,8 +66,8 @@ def test_images_decoded_once_give_the_same_samples_without_their_encoding():
     for transform in (EVALUATION, TRAINING):
         expected, samples = (ImageDataset(records, "image", transform, 0) for records in (encoded_images, decoded))
         for index in range(len(contents) + 1):
-            assert torch.equal(samples[3, index]["pixel_values"], expected[3, index]["pixel_values"])
-            assert samples[3, index]["unreadable"] == expected[3, index]["unreadable"]
+            assert torch.equal(samples[3, 0, index]["pixel_values"], expected[3, 0, index]["pixel_values"])
+            assert samples[3, 0, index]["unreadable"] == expected[3, 0, index]["unreadable"]
 
 
 def test_dataset_delivers_each_image():
@@ -86,7 +86,7 @@ def test_unreadable_image_is_replaced_by_the_next_readable_one_and_reported():
     sample = dataset[1]
     assert number_of(sample["pixel_values"]) == 3
     assert [message.split(" ")[0] for message in sample["unreadable"]] == ["image-1.png", "image-2.png"]
-    sample = dataset[(7, 4)]  # goes on at the start
+    sample = dataset[(7, 0, 4)]  # goes on at the start
     assert number_of(sample["pixel_values"]) == 0
     assert [message.split(" ")[0] for message in sample["unreadable"]] == ["image-4.png"]
 
@@ -104,7 +104,7 @@ def test_unreadable_images_without_a_name_are_told_apart():
 def test_message_on_an_unreadable_image_is_always_the_same(content):
     # Messages are counted once for each image, however often it comes by.
     dataset = image_dataset([content, numbered(1)])
-    first, *others = [dataset[(epoch, 0)]["unreadable"] for epoch in range(4)]
+    first, *others = [dataset[(epoch, 0, 0)]["unreadable"] for epoch in range(4)]
     assert len(first) == 1 and all(messages == first for messages in others)
 
 
@@ -118,7 +118,7 @@ def test_augmentation_is_derived_from_seed_epoch_and_image():
     dataset = image_dataset(contents, TRAINING)
 
     def sample(dataset, epoch, index):
-        return dataset[(epoch, index)]["pixel_values"]
+        return dataset[(epoch, 0, index)]["pixel_values"]
 
     first = sample(dataset, 0, 0)
     assert torch.equal(sample(dataset, 0, 0), first)
@@ -137,11 +137,11 @@ def test_shuffle_is_a_new_permutation_in_each_epoch_and_depends_on_the_seed():
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
         keys = list(sampler)
-        assert {key[0] for key in keys} == {epoch}
-        orders.append([key[1] for key in keys])
+        assert [key[:2] for key in keys] == [(epoch, position) for position in range(50)]
+        orders.append([key[2] for key in keys])
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert orders[0] != orders[1] and orders[0] == orders[2] and orders[0] != list(range(50))
-    assert [index for _, index in EpochShuffle(50, seed=4)] != orders[0]
+    assert [index for _, _, index in EpochShuffle(50, seed=4)] != orders[0]
 
 
 def test_collate_stacks_images_and_joins_messages():

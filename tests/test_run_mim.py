@@ -31,7 +31,7 @@ from tests.training_helpers import (
     noise_image,
     results_of,
     run,
-    run_in_two_processes,
+    run_in_processes,
     start,
     state_of,
     tiny_config,
@@ -679,7 +679,7 @@ def launch(tmp_path: Path, argv: list[str]) -> list[list[dict]]:
     """Runs the script in two processes; returns what each step of each of them saw."""
     script = tmp_path / "recorded.py"
     script.write_text(RANK_SCRIPT)
-    run_in_two_processes(script, [str(tmp_path / "seen"), *argv, "--ddp_backend", "gloo"])
+    run_in_processes(script, [str(tmp_path / "seen"), *argv, "--ddp_backend", "gloo"])
     files = [tmp_path / "seen" / f"{rank}.jsonl" for rank in range(2)]
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 

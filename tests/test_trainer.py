@@ -293,11 +293,17 @@ def test_every_epoch_shows_every_image_in_a_new_order_and_crop(tmp_path):
     orders = []
     for epoch in range(2):
         shown = torch.cat(recorder.inputs[2 * epoch : 2 * epoch + 2])
-        expected = torch.stack([trainer.train_dataset[(epoch, index)]["pixel_values"] for index in range(8)])
+        expected = torch.stack([trainer.train_dataset[(epoch, 0, index)]["pixel_values"] for index in range(8)])
         distances = (shown[:, None] - trainer.normalize(expected)[None]).abs().amax(dim=(2, 3, 4))
         assert (distances.min(dim=1).values < 1e-5).all()
         orders.append(distances.argmin(dim=1).tolist())
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(8)) and orders[0] != orders[1]
+
+
+def test_several_gpus_need_a_launcher(tmp_path, monkeypatch):
+    monkeypatch.setattr(MIMTrainingArguments, "n_gpu", 2)
+    with pytest.raises(ValueError, match=r"`n_gpu` is 2.*accelerate launch"):
+        make_trainer(tmp_path)
 
 
 # Losses that are not finite
@@ -340,6 +346,25 @@ def test_last_good_checkpoint_is_one_with_good_weights(tmp_path):
     assert all(value.isfinite().all() for value in load_file(named[0] / "model.safetensors").values())
 
 
+def test_where_looking_would_wait_a_broken_loss_is_found_before_the_next_log_or_checkpoint(tmp_path):
+    for name, intervals in (("log", {"logging_steps": 5}), ("save", {"logging_steps": 50, "save_steps": 5})):
+        trainer = make_trainer(tmp_path / name, max_steps=8, save_strategy="steps", **{"save_steps": 2, **intervals})
+        trainer.waits_to_check = True  # as on a GPU
+        trainer.add_callback(Break(2))
+        with pytest.raises(NonFiniteLossError, match=r"not a finite number at step 3\."):
+            trainer.train()
+        saved = {path.name for path in (tmp_path / name).glob("checkpoint-*")}
+        assert saved <= {"checkpoint-2"}, "nothing is saved after it"
+
+
+def test_looking_for_a_broken_loss_waits_for_no_device(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.waits_to_check = True
+    trainer.check_finite(torch.empty((), device="meta"))  # whose value cannot be read
+    with pytest.raises(RuntimeError, match="meta"):
+        trainer.stop_if_broken()
+
+
 def test_nonfinite_loss_without_a_checkpoint_says_so(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.add_callback(Break(1))
@@ -349,7 +374,7 @@ def test_nonfinite_loss_without_a_checkpoint_says_so(tmp_path):
 
 def test_absurd_learning_rate_stops_the_run(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=50, learning_rate=1e30, warmup_steps=0)
-    with pytest.raises(NonFiniteLossError, match=r"The loss is (nan|inf) at step \d+\."):
+    with pytest.raises(NonFiniteLossError, match=r"The loss is not a finite number at step \d+\."):
         trainer.train()
     assert trainer.state.global_step < 50
 

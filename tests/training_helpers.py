@@ -240,12 +240,19 @@ def kill_after_checkpoint(process: subprocess.Popen, checkpoint: Path) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def run_in_two_processes(script: Path, argv: list[str]) -> None:
-    """Runs a script in two processes of one thread each, which talk by gloo, and waits for them."""
+def launch_processes(script: Path, argv: list[str], num_processes: int) -> subprocess.Popen:
+    """Starts a script in processes of one thread each, which talk by gloo."""
     # With --cpu, accelerate starts a single process; --multi_gpu is its way to start several, on CPUs too.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        str(num_processes),
+    ]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [*command, str(script), *argv],
         env={**subprocess_environment(), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         stdout=subprocess.PIPE,
@@ -253,6 +260,11 @@ def run_in_two_processes(script: Path, argv: list[str]) -> None:
         text=True,
         start_new_session=True,
     )
+
+
+def run_in_processes(script: Path, argv: list[str], num_processes: int = 2) -> None:
+    """Runs a script in processes of one thread each, which talk by gloo, and waits for them."""
+    process = launch_processes(script, argv, num_processes)
     try:
         log, _ = process.communicate(timeout=240)
     finally:

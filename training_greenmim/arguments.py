@@ -14,6 +14,8 @@ import transformers
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from .energy import check_country
+
 
 def default_num_workers() -> int:
     """Workers of the data loader: this process's share of the usable cores, at most 8."""
@@ -62,8 +64,18 @@ class ImageTrainingArguments(TrainingArguments):
             " and all decoded images fit on the disk."
         },
     )
+    track_energy: bool = field(
+        default=False,
+        metadata={"help": "Measure energy and emissions of training (codecarbon, offline); needs country_iso_code."},
+    )
+    country_iso_code: str | None = field(
+        default=None, metadata={"help": "Country whose power is used, in three letters, such as DEU."}
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for parameters without gradient; every step uses all of them."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave broken losses out of the log; looking waits for the device each step."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Data sets here have no unused columns."})
 
@@ -79,6 +91,12 @@ class ImageTrainingArguments(TrainingArguments):
                 f"`learning_rate` is {self.learning_rate} and `base_learning_rate` is {self.base_learning_rate};"
                 " only one of them can be given."
             )
+        if self.track_energy:
+            check_country(self.country_iso_code)
+        if self.accelerator_config is None and self.dataloader_pin_memory:
+            self.accelerator_config = {"non_blocking": True}
+        if self.torch_compile:
+            self.dataloader_drop_last = True  # a smaller batch would be compiled anew
         given = self.learning_rate
         self.learning_rate = 0.0 if given is None else given  # the parent compares and needs a number
         super().__post_init__()

@@ -42,17 +42,18 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, key: int | tuple[int, ...]) -> dict:
-        """Sample for an index, or for (epoch, index) or (epoch, index, repetition).
+        """Sample for an index, or for a key of `EpochShuffle`.
 
         Returns:
-            `pixel_values`, uint8 `(channels, height, width)`, `unreadable`, a list of messages, and `labels`, a class
-            number, where there is a label column.
+            `pixel_values`, uint8 `(channels, height, width)`, `unreadable`, a list of messages, `labels`, a class
+            number, where there is a label column, and, for a key, `place`: its epoch and position.
 
         Raises:
             `IndexError`: past the end.
             `UnreadableImageError`: when no image of the data set can be read.
         """
-        epoch, first, *repetition = key if isinstance(key, tuple) else (0, key)
+        epoch, position, first, *repetition = key if isinstance(key, tuple) else (0, None, key)
+        place = {} if position is None else {"place": (epoch, position)}
         if first >= len(self):
             raise IndexError(first)
         unreadable = []
@@ -60,7 +61,7 @@ class ImageDataset(torch.utils.data.Dataset):
             index %= len(self)
             generator = derived_generator(self.seed, AUGMENTATION, epoch, index, *repetition)
             try:
-                return {**self._read(index, generator), "unreadable": unreadable}
+                return {**self._read(index, generator), **place, "unreadable": unreadable}
             except UnreadableImageError as error:
                 unreadable.append(str(error))
         raise UnreadableImageError(f"none of {len(self)} images can be read; the last: {unreadable[-1]}")
@@ -100,14 +101,23 @@ class ImageStream(torch.utils.data.IterableDataset):
         records: stream with an undecoded image column.
         column: name of that column.
         transform: function of (image source, generator) -> uint8 tensor.
-        seed: what augmentation is derived from, with epoch, worker and place in the worker's stream.
+        seed: what augmentation is derived from, with epoch, process, worker and place in the worker's stream.
+        process: number of the process, which reads a part of the stream of its own.
         repeat: go through the stream again and again, each time as a new epoch: a run that is resumed then finds its
             place by counting batches, whatever the length of the stream.
     """
 
-    def __init__(self, records: datasets.IterableDataset, column: str, transform, seed: int, repeat: bool = False):
+    def __init__(
+        self,
+        records: datasets.IterableDataset,
+        column: str,
+        transform,
+        seed: int,
+        process: int = 0,
+        repeat: bool = False,
+    ):
         self.records, self.column, self.transform, self.seed = records, column, transform, seed
-        self.repeat = repeat
+        self.process, self.repeat = process, repeat
         # Shared with workers, which may outlive an epoch.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -130,21 +140,22 @@ class ImageStream(torch.utils.data.IterableDataset):
         records.set_epoch(epoch)
         unreadable = []
         for index, record in enumerate(records):
-            generator = derived_generator(self.seed, AUGMENTATION, epoch, worker.id if worker else 0, index)
+            place = (epoch, self.process, worker.id if worker else 0, index)
+            generator = derived_generator(self.seed, AUGMENTATION, *place)
             try:
                 pixel_values = read(record[self.column], self.transform, generator)
             except UnreadableImageError as error:
                 unreadable.append(str(error))
                 continue
-            yield {"pixel_values": pixel_values, "unreadable": unreadable}
+            yield {"pixel_values": pixel_values, "place": place, "unreadable": unreadable}
             unreadable = []
 
 
 class EpochShuffle(torch.utils.data.Sampler):
-    """Shuffles anew each epoch and yields (epoch, index), so that workers know the epoch whatever their age.
+    """Shuffles anew each epoch and yields (epoch, position in it, index), so that workers know where the run stands.
 
     With repeated augmentation (https://huggingface.co/papers/1901.09335) an epoch draws fewer images, each several
-    times in a row, and yields (epoch, index, repetition).
+    times in a row, and yields (epoch, position, index, repetition).
 
     Args:
         length: number of samples of the data set.
@@ -167,9 +178,9 @@ class EpochShuffle(torch.utils.data.Sampler):
     def __iter__(self):
         order = torch.randperm(self.length, generator=derived_torch_generator(self.seed, SHUFFLE, self.epoch))
         if self.repetitions == 1:
-            return ((self.epoch, index) for index in order[: self.count].tolist())
+            return ((self.epoch, *place) for place in enumerate(order[: self.count].tolist()))
         repeated = order.repeat_interleave(self.repetitions)[: self.count].tolist()
-        return ((self.epoch, index, place % self.repetitions) for place, index in enumerate(repeated))
+        return ((self.epoch, place, index, place % self.repetitions) for place, index in enumerate(repeated))
 
 
 def collate(samples: list[dict]) -> dict:

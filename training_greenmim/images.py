@@ -99,8 +99,8 @@ def center_crop_box(width: int, height: int, aspect: float, share: float) -> Box
     return left, top, min(width, left + crop_width), min(height, top + crop_height)
 
 
-def crop_and_resize(image: Image.Image, choose_box, size: tuple[int, int], channels: int) -> Image.Image:
-    """Decodes the part of an opened image that `choose_box` names and resizes it, bicubic.
+def crop_and_resize(image: Image.Image, choose_box, size: tuple[int, int], channels: int) -> torch.Tensor:
+    """Decodes the part of an opened image that `choose_box` names and resizes it, bicubic, to a uint8 tensor.
 
     JPEGs are decoded at a reduced size where the crop allows it.
 
@@ -120,8 +120,25 @@ def crop_and_resize(image: Image.Image, choose_box, size: tuple[int, int], chann
         ImageOps.exif_transpose(image, in_place=True)
         box = tuple(min(edge * factor, image.size[i % 2]) for i, edge in enumerate(box))
     image = flatten_mode(image)
+    if image.mode == "RGB" and channels == 3 and _suits_torch(box, size):
+        return _resize_by_torch(image, box, size)
     image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-    return image.convert("L" if channels == 1 else "RGB")
+    return to_tensor(image.convert("L" if channels == 1 else "RGB"))
+
+
+def _suits_torch(box: Box, size: tuple[int, int]) -> bool:
+    """Whether a box is of whole pixels, and not so large that Pillow would reduce it beforehand."""
+    height, width = box[3] - box[1], box[2] - box[0]
+    return all(edge == int(edge) for edge in box) and height < 4 * size[0] and width < 4 * size[1]
+
+
+def _resize_by_torch(image: Image.Image, box: Box, size: tuple[int, int]) -> torch.Tensor:
+    """What Pillow computes, up to rounding and the pixels beyond the box's edge, in less than half the time."""
+    left, top, right, bottom = map(int, box)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None, :, top:bottom, left:right]
+    # With channels last, torch has a vectorised routine for bytes.
+    resized = torch.nn.functional.interpolate(pixels, size, mode="bicubic", antialias=True)
+    return resized[0].contiguous()
 
 
 def _reduce(image: Image.Image, factor: float) -> float:
@@ -159,10 +176,8 @@ class TrainTransform:
         def choose_box(width, height):
             return random_crop_box(width, height, aspect, generator, self.scale)
 
-        image = crop_and_resize(open_image(source), choose_box, self.size, self.channels)
-        if generator.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return to_tensor(image)
+        pixels = crop_and_resize(open_image(source), choose_box, self.size, self.channels)
+        return pixels.flip(2) if generator.random() < 0.5 else pixels
 
 
 class EvalTransform:
@@ -185,7 +200,7 @@ class EvalTransform:
         def choose_box(width, height):
             return center_crop_box(width, height, aspect, self.share)
 
-        return to_tensor(crop_and_resize(open_image(source), choose_box, self.size, self.channels))
+        return crop_and_resize(open_image(source), choose_box, self.size, self.channels)
 
 
 def read(source, transform, generator: np.random.Generator | None, name: str = "an image without a name"):

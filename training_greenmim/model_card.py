@@ -7,8 +7,10 @@ import shutil
 from collections.abc import Sized
 from dataclasses import dataclass
 
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .energy import CO2
 from .pictures import loss_curve
 
 
@@ -55,9 +57,9 @@ PRETRAINED = (
 
 # {title}
 
-A Swin transformer pre-trained with [GreenMIM](https://huggingface.co/papers/2205.13515): {mask_percent} % of each
-image is hidden in units of {unit}x{unit} px, the encoder runs on the visible units only, and a small decoder predicts
-the pixels of the hidden ones. It holds encoder and decoder; the encoder is what later tasks start from.
+A {backbone} transformer pre-trained with [GreenMIM](https://huggingface.co/papers/2205.13515): {mask_percent} % of
+each image is hidden in units of {unit}x{unit} px, the encoder runs on the visible units only, and a small decoder
+predicts the pixels of the hidden ones. It holds encoder and decoder; the encoder is what later tasks start from.
 
 ## Use
 
@@ -236,6 +238,7 @@ def write_model_card(trainer, facts: RunFacts) -> None:
         pictures=pictures,
         mask_percent=f"{100 * config.mask_ratio:g}",
         unit=config.encoder_stride,
+        backbone=config.backbone_type.capitalize(),
     )
 
 
@@ -263,8 +266,25 @@ def _metadata(trainer, facts: RunFacts, title: str, values: dict) -> str:
     """The head of a card, which the Hub reads."""
     results = _eval_results(trainer, facts, values["pipeline_tag"])
     measured = {"model_name": title, "eval_results": results} if results else {}
+    if trainer.energy_of_run is not None:
+        measured["co2_eq_emissions"] = _emissions(trainer, values["pipeline_tag"])
     data = ModelCardData(license=facts.license_name, library_name="transformers", **values, **measured)
     return data.to_yaml()
+
+
+def _emissions(trainer, task: str) -> dict:
+    """Emissions of training in grams, as the Hub's metadata want them."""
+    return {
+        "emissions": float(f"{1000 * trainer.energy_of_run[CO2]:.4g}"),
+        "source": "codecarbon, offline: the power of processors without a meter is estimated from their type and load",
+        "training_type": "fine-tuning" if task == "image-classification" else "pre-training",
+        "geographical_location": trainer.args.country_iso_code,
+        "hardware_used": f"{trainer.args.world_size} x {_device_name()}",
+    }
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"
 
 
 def _write(trainer, facts: RunFacts, template: str, metadata: dict, **values) -> None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""`Trainer` for masked image modeling: derived masks and pictures of reconstructions."""
+"""`Trainer` for masked image modeling: masks planned in the data loader, and pictures of reconstructions."""
 
 import itertools
 import os
@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from transformers.integrations import TensorBoardCallback
 
-from modeling_greenmim.masking import sample_noise
+from modeling_greenmim import GreenMIMConfig
+from modeling_greenmim.grouping import plan_mask
+from modeling_greenmim.masking import sample_noise, visible_units_from_noise
 
 from .data import collate
 from .model_card import write_model_card
@@ -17,19 +19,55 @@ from .randomness import MASK, derived_torch_generator
 from .trainer import ImageTrainer
 
 
+class MaskedCollator:
+    """Joins training samples to a batch, draws its mask or masks and plans them; it runs in the loader's workers.
+
+    Masks are derived from the seed and the place of a sample in the run, of the first one where a batch shares its
+    mask: so they differ between steps and processes, and the number of workers plays no part.
+
+    Args:
+        config: of the model.
+        seed: what masks are derived from.
+        per_sample: whether each image has a mask of its own.
+        static: whether the shapes of plans are the same for every mask; see `plan_mask`.
+    """
+
+    def __init__(self, config: GreenMIMConfig, seed: int, per_sample: bool = False, static: bool = False):
+        self.config, self.seed, self.per_sample, self.static = config, seed, per_sample, static
+
+    def __call__(self, samples: list[dict]) -> dict:
+        """What `collate` returns, and `plan`, a `MaskPlan`."""
+        rows, columns = self.config.unit_grid
+        places = [sample["place"] for sample in (samples if self.per_sample else samples[:1])]
+        noise = torch.cat([sample_noise(rows * columns, generator=self.generator(place)) for place in places])
+        visible = visible_units_from_noise(noise, rows * columns, len(samples), self.config.mask_ratio)
+        return {**collate(samples), "plan": plan_mask(self.config, visible, static=self.static)}
+
+    def generator(self, place: tuple[int, ...]) -> torch.Generator:
+        """Generator of the mask that is derived from a sample's place."""
+        return derived_torch_generator(self.seed, MASK, *place)
+
+
 class MIMTrainer(ImageTrainer):
-    """Trains `GreenMIMForPreTraining`; masks are derived from (seed, step, micro-batch, process)."""
+    """Trains `GreenMIMForPreTraining`; masks are derived from (seed, place of the batch) in the loader's workers.
+
+    Raises:
+        `ValueError`: where one process sees several GPUs, which `Trainer` would give parts of a batch and whole plans.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"`n_gpu` is {self.args.n_gpu}: this process sees several GPUs. Start one process for each with"
+                " `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES=0."
+            )
         self.last_picture: str | None = None
         rows, columns = self.model.config.unit_grid
         self.num_units = rows * columns
-
-    def training_noise(self, batch_size: int) -> torch.Tensor:
-        """Noise of the mask(s) of the current micro-batch of this process, `(1 or batch_size, num_units)`."""
-        generator = derived_torch_generator(self.args.seed, MASK, *self.place())
-        return sample_noise(self.num_units, batch_size if self.args.mask_per_sample else 1, generator)
+        self.train_collator = MaskedCollator(
+            self.model.config, self.args.seed, self.args.mask_per_sample, self.args.torch_compile
+        )
 
     def evaluation_noise(self) -> torch.Tensor:
         """Noise of the one mask that every evaluation uses, `(1, num_units)`."""
@@ -39,8 +77,8 @@ class MIMTrainer(ImageTrainer):
         """Loss of a batch of uint8 images; in training it stops at a loss that is not finite."""
         self.report_unreadable(inputs["unreadable"])
         pixel_values = self.normalize(inputs["pixel_values"])
-        noise = self.training_noise(len(pixel_values)) if model.training else self.evaluation_noise()
-        outputs = model(pixel_values=pixel_values, noise=noise)
+        mask = {"plan": inputs["plan"]} if model.training else {"noise": self.evaluation_noise()}
+        outputs = model(pixel_values=pixel_values, **mask)
         if model.training:
             self.check_finite(outputs.loss)
         return (outputs.loss, outputs) if return_outputs else outputs.loss

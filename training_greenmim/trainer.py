@@ -9,13 +9,17 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .checkpoints import last_checkpoint
-from .data import EpochShuffle, ImageDataset, collate
+from .data import EpochShuffle, ImageDataset, ImageStream, collate
+from .energy import CO2, IMAGES_PER_JOULE, KWH, EnergyCallback, images_per_joule
 from .model_card import RunFacts
 from .optimization import no_decay_parameters
 from .randomness import MODEL, derived_seed
 
 
 logger = logging.get_logger(__name__)
+
+# A step that no run reaches.
+NEVER = 2**62
 
 
 class NonFiniteLossError(RuntimeError):
@@ -75,10 +79,60 @@ class ImageTrainer(Trainer):
         # On the device once, not in every step.
         statistics = torch.tensor([image_processor.image_mean, image_processor.image_std], device=self.args.device)
         self.image_mean, self.image_std = statistics[..., None, None]
+        self.train_collator = collate
         self.unreadable: set[str] = set()
         self.throughput = _ThroughputCallback()
         self.add_callback(self.throughput)
+        self.energy_of_run: dict[str, float] | None = None
+        self.energy = EnergyCallback(self.args.country_iso_code) if self.args.track_energy else None
+        if self.energy is not None:
+            self.add_callback(self.energy)
         self._micro_batch_of_step = (-1, 0)
+        self.waits_to_check = self.args.device.type != "cpu"
+        self.broken_step = torch.full((), NEVER)
+
+    def train(self, *args, **kwargs):
+        """Trains; with `track_energy` the results tell kWh, kg of CO2-equivalent and images per joule."""
+        output = super().train(*args, **kwargs)
+        if self.energy is not None:
+            self.energy_of_run = self.measured_energy()
+            output.metrics.update(self.energy_of_run)
+        return output
+
+    def measured_energy(self) -> dict[str, float]:
+        """Energy, emissions and images per joule of the run so far, over all machines; every process takes part."""
+        measured = [self.energy.of_this_machine()]
+        if self.args.world_size > 1:
+            measured = gather_object(measured)
+        totals = {name: self.energy.before[name] + sum(part[name] for part in measured) for name in (KWH, CO2)}
+        images = (self.state.global_step - self.energy.first_step) * self.args.total_batch_size
+        return {**totals, IMAGES_PER_JOULE: images_per_joule(images, totals[KWH])}
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Batches of `train_collator`; those of a stream come from the part of it that is this process's."""
+        if isinstance(self.train_dataset, ImageStream):
+            # Not prepared by accelerate, which would read the whole stream in every process.
+            return torch.utils.data.DataLoader(
+                self.train_dataset,
+                self.args.train_batch_size,
+                collate_fn=self.train_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+                persistent_workers=self.args.dataloader_persistent_workers,
+                prefetch_factor=self.args.dataloader_prefetch_factor,
+                drop_last=self.args.dataloader_drop_last,
+            )
+        self.data_collator, evaluation = self.train_collator, self.data_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = evaluation
+
+    def _prepare_input(self, data):
+        """Moves tensors, and what moves itself, such as plans, without waiting where they are pinned."""
+        if hasattr(data, "to"):
+            return data.to(self.args.device, non_blocking=self.args.dataloader_pin_memory)
+        return super()._prepare_input(data)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -116,17 +170,35 @@ class ImageTrainer(Trainer):
     def check_finite(self, loss: torch.Tensor) -> None:
         """Stops training at a loss that is not a finite number, if the arguments say so.
 
+        On a CPU at once. On other devices, where looking would mean waiting in every step, the first broken step is
+        kept on the device until the next log or checkpoint; no checkpoint is written after it.
+
         Raises:
             `NonFiniteLossError`: naming the step and the last good checkpoint.
         """
-        if not self.args.stop_on_nonfinite_loss or torch.isfinite(loss):
+        if not self.args.stop_on_nonfinite_loss:
+            return
+        step = torch.full((), self.state.global_step + 1, device=loss.device)
+        broken = torch.where(torch.isfinite(loss.detach()), NEVER, step)
+        self.broken_step = torch.minimum(self.broken_step.to(broken.device), broken)
+        if not self.waits_to_check:
+            self.stop_if_broken()
+
+    def stop_if_broken(self) -> None:
+        """Looks whether a loss so far was broken; see `check_finite`."""
+        step = self.broken_step.item()
+        if step == NEVER:
             return
         last = last_checkpoint(self.args.output_dir)
         raise NonFiniteLossError(
-            f"The loss is {loss.item()} at step {self.state.global_step + 1}. Last good checkpoint:"
+            f"The loss is not a finite number at step {step}. Last good checkpoint:"
             f" {last or 'none was saved yet'}. A lower base_learning_rate or a longer warm-up helps;"
             " --stop_on_nonfinite_loss false goes on regardless."
         )
+
+    def _save_checkpoint(self, *args, **kwargs):
+        self.stop_if_broken()
+        super()._save_checkpoint(*args, **kwargs)
 
     def report_unreadable(self, messages: list[str]) -> None:
         """Logs each unreadable image once and counts it."""
@@ -137,10 +209,13 @@ class ImageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds images per second of training and the number of unreadable images."""
+        self.stop_if_broken()
         if "loss" in logs:
             rate = self.throughput.steps_per_second()
             if rate is not None:
                 logs["images_per_second"] = round(rate * self.args.total_batch_size, 1)
+            if self.energy is not None:
+                logs.update(self.measured_energy())
         if self.args.world_size > 1:
             self.unreadable = set(gather_object(sorted(self.unreadable)))
         if self.unreadable:

@@ -1,0 +1,274 @@
+"""Several processes: the same training as in one, sharded or not; other numbers of them after an interruption."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+import run_image_classification
+import run_mim
+from modeling_greenmim import GreenMIMForPreTraining
+from tests.training_helpers import (
+    flags,
+    launch_processes,
+    run,
+    run_in_processes,
+    subprocess_environment,
+    tiny_config,
+    write_images,
+)
+from training_greenmim.arguments import ClassificationTrainingArguments, MIMTrainingArguments
+
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+GLOBAL_BATCH = 8
+# run_mim.py whose processes share the mask of a step, and which notes losses and process numbers.
+SHARED_MASK = f"""
+import json, os, sys
+from pathlib import Path
+import run_mim
+from training_greenmim import pretraining
+
+class SharedMask(pretraining.MaskedCollator):
+    def generator(self, place):
+        epoch, position = place
+        return super().generator((epoch, position // {GLOBAL_BATCH}))
+
+class Recording(pretraining.MIMTrainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        mean = self.accelerator.reduce(loss.detach(), "mean").item()
+        with open(Path(sys.argv[1]) / f"losses-{{self.args.process_index}}.jsonl", "a") as file:
+            file.write(json.dumps([self.state.global_step, mean]) + "\\n")
+        return loss
+
+pretraining.MaskedCollator = SharedMask
+run_mim.MIMTrainer = Recording
+folder = Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+(folder / f"pid-{{os.environ.get('RANK', 0)}}").write_text(str(os.getpid()))
+run_mim.main(sys.argv[2:])
+"""
+
+
+@pytest.fixture
+def script(tmp_path) -> Path:
+    write_images(tmp_path / "data", 40)
+    (tmp_path / "shared.py").write_text(SHARED_MASK)
+    return tmp_path / "shared.py"
+
+
+def arguments(output: Path, num_processes: int, *more) -> list[str]:
+    options = ("--train_dir", output.parent / "data", "--do_train", "--max_steps", 20, "--dataloader_num_workers", 0)
+    # Biases of keys have no gradient but rounding, which Adam with its usual epsilon would blow up to whole steps.
+    batch = ("--per_device_train_batch_size", GLOBAL_BATCH // num_processes, "--adam_epsilon", 1e-3)
+    backend = ("--ddp_backend", "gloo") if num_processes > 1 else ()
+    return [str(output.parent / f"notes-{output.name}"), *flags(output, *options, *batch, *backend, *more)]
+
+
+def train(script: Path, name: str, num_processes: int, *more) -> tuple[dict, dict]:
+    """Final weights, and the mean loss over processes of each step."""
+    output = script.parent / name
+    argv = arguments(output, num_processes, *more)
+    if num_processes == 1:
+        environment = {**subprocess_environment(), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, str(script), *argv], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    else:
+        run_in_processes(script, argv, num_processes)
+    return load_file(output / "model.safetensors"), losses(script.parent / f"notes-{name}")
+
+
+def losses(notes: Path) -> dict[int, float]:
+    return dict(json.loads(line) for line in (notes / "losses-0.jsonl").read_text().splitlines())
+
+
+def assert_same(actual: dict, expected: dict, tolerance: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        value = torch.as_tensor(value)
+        error = (torch.as_tensor(actual[name]) - value).abs().max() / value.abs().max().clamp_min(1e-2)
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+def test_more_processes_train_as_one_and_take_over_from_another_number(script):
+    """20 steps of the same batches and masks; then the second half of a run of two processes in one and in four."""
+    weights, expected = train(script, "one", 1)
+    assert len(expected) == 20 and len(set(expected.values())) == 20
+    saving = ("--save_strategy", "steps", "--save_steps", 10)
+    for number, more in ((2, saving), (4, ())):
+        found, found_losses = train(script, f"with-{number}", number, *more)
+        assert_same(found_losses, expected)
+        assert_same(found, weights)
+    for number in (1, 4):
+        resuming = ("--resume_from_checkpoint", script.parent / "with-2" / "checkpoint-10")
+        found, found_losses = train(script, f"resumed-{number}", number, *resuming)
+        assert set(found_losses) == set(range(10, 20))
+        assert_same(found_losses, {step: loss for step, loss in expected.items() if step >= 10})
+        assert_same(found, weights)
+
+
+def test_a_killed_process_ends_the_launch_and_nothing_is_lost(script):
+    saving = ("--save_strategy", "steps", "--save_steps", 5)
+    expected, _ = train(script, "whole", 2, *saving)
+    output = script.parent / "killed"
+    argv = arguments(output, 2, *saving, "--max_steps", 20)
+    process = launch_processes(script, argv, 2)
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "checkpoint-5" / "trainer_state.json").is_file():
+            assert process.poll() is None and time.monotonic() < deadline, "no checkpoint in time"
+            time.sleep(0.01)
+        os.kill(int((script.parent / "notes-killed" / "pid-1").read_text()), signal.SIGKILL)
+        log, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert process.returncode != 0
+    assert "exitcode  : -9" in log and "rank      : 1" in log, log[-3000:]
+    assert not (output / "model.safetensors").exists()
+    found, _ = train(script, "killed", 2, *saving, "--resume_from_checkpoint", "true")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+# Examples
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("accelerate/*.yaml")), ids=lambda path: path.stem)
+def test_launch_configurations_are_accelerates(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == {"one_gpu": 1, "eight_gpus": 8, "multi_node": 32, "fsdp": 8, "cpu": 2}[path.stem]
+    text = path.read_text()
+    assert f"accelerate launch --config_file examples/accelerate/{path.name}" in text
+    if path.stem == "fsdp":
+        wrapped = set(config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(","))
+        assert wrapped <= {type(module).__name__ for module in GreenMIMForPreTraining(tiny_config()).modules()}
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_slurm_scripts_name_what_there_is(name):
+    path = EXAMPLES / "slurm" / f"{name}.sbatch"
+    text = path.read_text()
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    (config,) = re.findall(r"--config_file (\S+)", text)
+    assert (EXAMPLES.parent / config).is_file()
+    script, command = re.search(r"\n\s+(run_\w+\.py)(.*)", text, flags=re.DOTALL).groups()
+    module = {"run_mim.py": run_mim, "run_image_classification.py": run_image_classification}[script]
+    kind = MIMTrainingArguments if module is run_mim else ClassificationTrainingArguments
+    known = {field.name for part in (module.ModelArguments, module.DataArguments, kind) for field in fields(part)}
+    assert set(re.findall(r"--(\w+)", command)) <= known | {"recipe"}
+
+
+# A sharded model, by torch alone: accelerate falls back to DDP on CPUs.
+SHARDED = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from safetensors.torch import save_file
+from modeling_greenmim import GreenMIMForPreTraining
+from modeling_greenmim.grouping import plan_mask
+from modeling_greenmim.masking import sample_noise, visible_units_from_noise
+from tests.training_helpers import tiny_config
+
+folder, last_step, save_to, load_from = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+torch.manual_seed(0)
+config = tiny_config()
+model = GreenMIMForPreTraining(config)
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+if world > 1:
+    dist.init_process_group("gloo")
+    blocks = [block for stage in model.greenmim.encoder.layers for block in stage.blocks]
+    for block in (*blocks, *model.decoder.decoder_layers):
+        fully_shard(block)
+    fully_shard(model)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    shares = sum(parameter.to_local().numel() for parameter in model.parameters())
+    assert shares < 0.75 * sum(parameter.numel() for parameter in model.parameters())
+first_step = 0
+if load_from != "-":
+    state = get_model_state_dict(model)
+    load(state, checkpoint_id=load_from)
+    set_model_state_dict(model, state)
+    first_step = 10
+# Without momentum the weights are all that a run carries.
+optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+losses = []
+for step in range(first_step, last_step):
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(8, 3, 32, 32, generator=generator)
+    visible = visible_units_from_noise(sample_noise(16, generator=generator), 16, 8, 0.75)
+    loss = model(images[rank::world], plan=plan_mask(config, visible)).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    mean = loss.detach() / world
+    if world > 1:
+        dist.all_reduce(mean)
+    losses.append(mean.item())
+if save_to != "-":
+    save(get_model_state_dict(model), checkpoint_id=save_to)
+weights = model.state_dict()
+weights = {name: tensor.full_tensor() if world > 1 else tensor for name, tensor in weights.items()}
+if rank == 0:
+    os.makedirs(folder, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder + "/model.safetensors")
+    with open(folder + "/losses.json", "w") as file:
+        json.dump(dict(enumerate(losses, first_step)), file)
+if world > 1:
+    dist.destroy_process_group()
+"""
+
+
+def train_sharded(folder: Path, num_processes: int, steps: int = 20, save_to="-", load_from="-") -> tuple[dict, dict]:
+    script = folder.parent / "sharded.py"
+    script.write_text(SHARDED)
+    command = [sys.executable]
+    if num_processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command += [str(script), str(folder), str(steps), str(save_to), str(load_from)]
+    environment = {**subprocess_environment(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return load_file(folder / "model.safetensors"), json.loads((folder / "losses.json").read_text())
+
+
+def test_sharded_processes_train_as_one_and_take_over_from_another_number(tmp_path):
+    """FSDP2: every parameter is a DTensor; its checkpoint of two processes is read by one and by four."""
+    weights, expected = train_sharded(tmp_path / "one", 1)
+    checkpoint = tmp_path / "checkpoint"
+    for number in (2, 4):
+        found, found_losses = train_sharded(tmp_path / f"with-{number}", number)
+        assert_same(found_losses, expected)
+        assert_same(found, weights)
+    train_sharded(tmp_path / "half", 2, steps=10, save_to=checkpoint)
+    for number in (1, 4):
+        found, found_losses = train_sharded(tmp_path / f"resumed-{number}", number, load_from=checkpoint)
+        assert_same(found_losses, {step: loss for step, loss in expected.items() if int(step) >= 10})
+        assert_same(found, weights)
+
+
+def test_masks_do_not_depend_on_the_number_of_workers(tmp_path):
+    write_images(tmp_path / "data", 12)
+    options = ("--train_dir", tmp_path / "data", "--do_train", "--max_steps", 5)
+    weights = [
+        load_file(run(tmp_path / f"{workers}", *options, "--dataloader_num_workers", workers) / "model.safetensors")
+        for workers in (0, 2)
+    ]
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())

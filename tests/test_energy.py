@@ -1,0 +1,54 @@
+"""Energy of training: measured without a network, kept over interruptions, told in results and card."""
+
+import socket
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.test_run_mim import card_of
+from tests.training_helpers import results_of, run, state_of, write_images
+
+
+COUNTRY = ("--track_energy", "--country_iso_code", "DEU")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_energy_is_in_results_log_and_card(tmp_path, no_network):
+    write_images(tmp_path / "data", 6)
+    output = run(tmp_path / "out", "--train_dir", tmp_path / "data", "--do_train", "--max_steps", 6, *COUNTRY)
+    results = results_of(output)
+    assert results["energy_kwh"] > 0 and results["co2_eq_kg"] > 0
+    batch = results["train_samples_per_second"] / results["train_steps_per_second"]
+    assert results["images_per_joule"] == pytest.approx(6 * round(batch) / (results["energy_kwh"] * 3.6e6), rel=1e-6)
+    # Germany's power comes at some hundred grams a kWh.
+    assert 0.1 < results["co2_eq_kg"] / results["energy_kwh"] < 0.9
+    logged = [entry["energy_kwh"] for entry in state_of(output)["log_history"] if "energy_kwh" in entry]
+    assert logged == sorted(logged) and 0 < logged[0] <= results["energy_kwh"]
+    emissions = ModelCard(card_of(output)).data.co2_eq_emissions
+    assert emissions["emissions"] == pytest.approx(1000 * results["co2_eq_kg"], rel=1e-3)
+    assert emissions["training_type"] == "pre-training" and emissions["geographical_location"] == "DEU"
+
+
+def test_a_resumed_run_counts_on(tmp_path):
+    write_images(tmp_path / "data", 6)
+    common = ("--train_dir", tmp_path / "data", "--do_train", "--max_steps", 4, *COUNTRY)
+    output = run(tmp_path / "out", *common, "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1)
+    before = next(entry["energy_kwh"] for entry in state_of(output)["log_history"] if entry["step"] == 2)
+    resumed = run(
+        tmp_path / "resumed", *common, "--logging_steps", 1, "--resume_from_checkpoint", output / "checkpoint-2"
+    )
+    logged = [entry["energy_kwh"] for entry in state_of(resumed)["log_history"] if "energy_kwh" in entry]
+    assert logged[1] == before and logged == sorted(logged) and logged[2] > before
+
+
+@pytest.mark.parametrize("country", [(), ("--country_iso_code", "Germany")])
+def test_the_country_must_be_known(tmp_path, country):
+    with pytest.raises(ValueError, match=r"`country_iso_code` is .*`track_energy` needs the three letters"):
+        run(tmp_path / "out", "--train_dir", tmp_path, "--do_train", "--track_energy", *country)
