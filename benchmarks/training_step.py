@@ -10,19 +10,20 @@ measures the forward pass alone, in eval mode.
     python benchmarks/training_step.py --task classification --size tiny --no_memory      # fine-tuning: no mask
     python benchmarks/training_step.py --task classification --size tiny --no_memory --inference
     python benchmarks/training_step.py --task classification --device cuda --compile --steps_per_round 20 --no_memory
+    python benchmarks/training_step.py --size tiny --no_memory --energy DEU     # and energy, by codecarbon offline
 """
 
 import argparse
 import importlib
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -155,6 +156,28 @@ def time_steps(builders: dict, args, dtype: str) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def joules_per_image(builders: dict, args, dtype: str) -> dict[str, float]:
+    """Energy of an image for each model: at least 20 s of steps each."""
+    from codecarbon import OfflineEmissionsTracker
+
+    tracker = OfflineEmissionsTracker(
+        country_iso_code=args.energy, save_to_file=False, allow_multiple_runs=True, log_level="error"
+    )
+    joules = {}
+    for name, build in builders.items():
+        step, steps = make_step(build, args, dtype), 0
+        step()
+        wait(args.device)
+        tracker.start_task(name)
+        start = time.perf_counter()
+        while time.perf_counter() - start < 20:
+            step()
+            wait(args.device)
+            steps += 1
+        joules[name] = tracker.stop_task(name).energy_consumed * 3.6e6 / (steps * args.batch_size)
+    return joules
+
+
 def peak_memory(args, dtype: str, name: str) -> float:
     """Peak memory in GB of a fresh process that makes four steps with one model."""
     command = [sys.executable, __file__, "--measure_memory_of", name, "--task", args.task, "--dtype", dtype]
@@ -170,9 +193,16 @@ def measure_memory(build: Callable, args) -> float:
     step = make_step(build, args, args.dtype[0])
     for _ in range(4):
         step()
-    if args.device == "cuda":
+    return peak_memory_of_this_process(args.device)
+
+
+def peak_memory_of_this_process(device: str) -> float:
+    """Peak memory in GB: of the process (CPU, Linux) or of its allocations (CUDA)."""
+    if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    # getrusage would count what the parent had when it started this process.
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024 / 1e9
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -189,6 +219,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps_per_round", type=int, default=1)
     parser.add_argument("--no_memory", action="store_true", help="skip peak memory")
     parser.add_argument("--memory_only", action="store_true", help="skip times")
+    parser.add_argument("--energy", metavar="COUNTRY", help="measure energy too; three letters of the country, as DEU")
     parser.add_argument("--reference", help="folder of a checkout of the published code")
     parser.add_argument(
         "--reference_factory",
@@ -222,17 +253,23 @@ def main() -> None:
         "torch": torch.__version__,
         "rows": [],
     }
-    print(f"| {work}, {device}{', compiled' * args.compile} | images/s | GreenMIM is | peak memory, GB |")
-    print("| --- | --- | --- | --- |")
+    print(f"| {work}, {device}{', compiled' * args.compile} | images/s | GreenMIM is | peak memory, GB | J an image |")
+    print("| --- " * 5 + "|")
     for dtype in args.dtype:
         seconds = {} if args.memory_only else time_steps(builders, args, dtype)
+        joules = joules_per_image(builders, args, dtype) if args.energy else {}
         for name in builders:
             row = {"model": name, "dtype": dtype, "seconds_per_step": seconds.get(name)}
             row["peak_memory_gb"] = None if args.no_memory else round(peak_memory(args, dtype, name), 2)
+            row["joules_per_image"] = joules.get(name)
             results["rows"].append(row)
             speed = f"{args.batch_size / seconds[name]:.2f}" if seconds else "-"
             factor = f"{seconds[name] / seconds['greenmim']:.2f} x as fast" if seconds else "-"
-            print(f"| {name}, {dtype} | {speed} | {factor} | {row['peak_memory_gb'] or '-'} |", flush=True)
+            print(
+                f"| {name}, {dtype} | {speed} | {factor} | {row['peak_memory_gb'] or '-'}"
+                f" | {f'{joules[name]:.2f}' if joules else '-'} |",
+                flush=True,
+            )
     if args.output:
         with open(args.output, "w") as file:
             json.dump(results, file, indent=2)
