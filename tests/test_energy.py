@@ -48,6 +48,19 @@ def test_a_resumed_run_counts_on(tmp_path):
     assert logged[1] == before and logged == sorted(logged) and logged[2] > before
 
 
+def test_steps_that_were_not_measured_do_not_count(tmp_path):
+    write_images(tmp_path / "data", 6)
+    common = ("--train_dir", tmp_path / "data", "--do_train", "--max_steps", 6, "--logging_steps", 1)
+    saving = ("--save_strategy", "steps", "--save_steps", 2)
+    plain = run(tmp_path / "plain", *common, *saving)
+    first = run(tmp_path / "first", *common, *saving, *COUNTRY, "--resume_from_checkpoint", plain / "checkpoint-2")
+    results = results_of(
+        run(tmp_path / "second", *common, *COUNTRY, "--resume_from_checkpoint", first / "checkpoint-4")
+    )
+    images = results["images_per_joule"] * results["energy_kwh"] * 3.6e6
+    assert images == pytest.approx(4 * 4, rel=1e-6), "four steps of four images"
+
+
 @pytest.mark.parametrize("country", [(), ("--country_iso_code", "Germany")])
 def test_the_country_must_be_known(tmp_path, country):
     with pytest.raises(ValueError, match=r"`country_iso_code` is .*`track_energy` needs the three letters"):

@@ -41,10 +41,11 @@ class EnergyCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Starts to measure, from what the log of a resumed run tells."""
         earlier = [entry for entry in state.log_history if KWH in entry]
+        self.first_step = state.global_step
         if earlier:
             self.before = {name: earlier[-1][name] for name in (KWH, CO2)}
-        else:
-            self.first_step = state.global_step
+            unmeasured = [entry["step"] for entry in state.log_history if "loss" in entry and KWH not in entry]
+            self.first_step = max(unmeasured, default=0)
         if state.is_local_process_zero:
             self.tracker = self._make_tracker()
             self.tracker.start()
