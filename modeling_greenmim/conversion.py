@@ -1,8 +1,10 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints in and out: official GreenMIM, SimMIM, Microsoft's, timm's and Transformers' Swin, and Twins.
 
-python -m modeling_greenmim.conversion import --checkpoint FILE.pth --output DIR
-python -m modeling_greenmim.conversion export --model DIR --to timm --output FILE.safetensors
+    python -m modeling_greenmim.conversion import --checkpoint FILE.pth --output DIR
+    python -m modeling_greenmim.conversion export --model DIR --to timm --output FILE.safetensors
+
+What weights are called in each format is in formats.py.
 """
 
 import argparse

@@ -131,6 +131,7 @@ def choose_groups(counts: np.ndarray, num_tokens: int) -> tuple[int, int, list[l
     return best
 
 
+@lru_cache(maxsize=256)
 def static_groups(num_tokens: int, largest: int) -> tuple[int, int] | None:
     """Group size and number of groups that hold every mask's windows, by the least cost.
 

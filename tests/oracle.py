@@ -339,3 +339,11 @@ def check_against_oracle(config: GreenMIMConfig, mask: torch.Tensor | None, heig
     actual = gradients(weighted_sum([outputs.last_hidden_state, *outputs.hidden_states]), model, pixel_values)
     expected = gradients(weighted_sum([latent, *hidden_states]), model, pixel_values)
     assert_all_close(actual, expected)
+
+
+def check_kind_of_mask(config: GreenMIMConfig, kind: str, height: int, width: int) -> None:
+    """`check_against_oracle` with a third of the units visible, the mask "shared" or "per sample", or with "none"."""
+    num_units = (height // config.encoder_stride) * (width // config.encoder_stride)
+    masks = {"shared": 1, "per sample": 2, "none": 0}[kind]
+    mask = random_masks(masks, num_units, max(1, num_units // 3)) if masks else None
+    check_against_oracle(config, mask, height, width)

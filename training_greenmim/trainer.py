@@ -23,7 +23,7 @@ NEVER = 2**62
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is not a finite number; the weights were not touched by it."""
+    """The loss is not a finite number; on a CPU the weights were not touched by it (see `check_finite`)."""
 
 
 class _EpochCallback(TrainerCallback):
