@@ -1,8 +1,8 @@
 """Time of planning one forward of Swin-B, and how much of the groups is padding.
 
 All plans of a forward: every stage, with and without shift, for one mask that the batch shares. Padding is counted in
-the stages that are grouped; stages whose tokens fit one group have none. Static plans, for compiled models, have the
-same shapes for every mask.
+the stages that are grouped; stages whose tokens fit one group have none. Pairs of slots, which attention computes, are
+counted in all plans. Static plans, for compiled models, have the same shapes for every mask.
 
     python benchmarks/planning.py
 """
@@ -22,11 +22,13 @@ from modeling_greenmim.masking import sample_noise, visible_units_from_noise
 PUBLISHED = {(224, 7): 17, (448, 7): 153, (896, 7): 1693}
 
 
-def measure(image_size: int, window_size: int, mask_ratio: float, rounds: int, static: bool) -> tuple[float, float]:
-    """Median milliseconds of planning, and share of padded slots in grouped stages."""
+def measure(
+    image_size: int, window_size: int, mask_ratio: float, rounds: int, static: bool
+) -> tuple[float, float, float]:
+    """Median milliseconds of planning, share of padded slots in grouped stages, and thousands of pairs of slots."""
     config = GreenMIMConfig(image_size=image_size, window_size=window_size, mask_ratio=mask_ratio)
     num_units = config.unit_grid[0] * config.unit_grid[1]
-    seconds, tokens, slots = [], 0, 0
+    seconds, tokens, slots, pairs = [], 0, 0, 0
     for seed in range(rounds + 3):
         noise = sample_noise(num_units, generator=torch.Generator().manual_seed(seed))
         visible = visible_units_from_noise(noise, num_units, 1, mask_ratio)
@@ -35,10 +37,11 @@ def measure(image_size: int, window_size: int, mask_ratio: float, rounds: int, s
         if seed >= 3:  # the first ones fill caches
             seconds.append(time.perf_counter() - start)
         for plan in {id(plan): plan for stage in stages for plan in stage.groups}.values():
+            pairs += plan.bias_index.numel()
             if plan.slot_of_token is not None:
                 tokens += plan.slot_of_token.shape[1]
                 slots += plan.num_slots
-    return 1000 * statistics.median(seconds), 1 - tokens / max(1, slots)
+    return 1000 * statistics.median(seconds), 1 - tokens / max(1, slots), pairs / (rounds + 3) / 1000
 
 
 def main() -> None:
@@ -49,16 +52,19 @@ def main() -> None:
     parser.add_argument("--mask_ratio", type=float, default=0.75)
     parser.add_argument("--rounds", type=int, default=200)
     args = parser.parse_args()
-    print("| image, px | window | plans of a forward, ms | published, ms | times faster | padded slots | if static |")
-    print("| --- " * 7 + "|")
+    columns = ["image, px", "window", "plans of a forward, ms", "published, ms", "times faster"]
+    columns += ["padded slots", "if static", "thousand pairs", "if static"]
+    print("|", " | ".join(columns), "|")
+    print("| --- " * len(columns) + "|")
     for window_size in args.window_sizes:
         for image_size in args.image_sizes:
-            milliseconds, padding = measure(image_size, window_size, args.mask_ratio, args.rounds, static=False)
-            _, static_padding = measure(image_size, window_size, args.mask_ratio, args.rounds, static=True)
+            work = (image_size, window_size, args.mask_ratio, args.rounds)
+            milliseconds, padding, pairs = measure(*work, static=False)
+            _, static_padding, static_pairs = measure(*work, static=True)
             published = PUBLISHED.get((image_size, window_size)) if args.mask_ratio == 0.75 else None
             factor = f"{published / milliseconds:.0f}" if published else "-"
             row = [image_size, window_size, f"{milliseconds:.2f}", published or "-", factor, f"{padding:.1%}"]
-            row.append(f"{static_padding:.1%}")
+            row += [f"{static_padding:.1%}", f"{pairs:.0f}", f"{static_pairs:.0f}"]
             print("|", " | ".join(map(str, row)), "|")
 
 

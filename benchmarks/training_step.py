@@ -7,6 +7,7 @@ measures the forward pass alone, in eval mode.
     python benchmarks/training_step.py --batch_size 16 --dtype fp32 bf16
     python benchmarks/training_step.py --batch_size 32 --memory_only
     python benchmarks/training_step.py --reference DIR                    # and a checkout of the published code
+    python benchmarks/training_step.py --reference DIR --peers reference  # no other peer
     python benchmarks/training_step.py --task classification --size tiny --no_memory      # fine-tuning: no mask
     python benchmarks/training_step.py --task classification --size tiny --no_memory --inference
     python benchmarks/training_step.py --task classification --device cuda --compile --steps_per_round 20 --no_memory
@@ -35,7 +36,8 @@ from transformers import (
 )
 
 from configuration_greenmim import GreenMIMConfig
-from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining
+from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, plan_mask
+from modeling_greenmim.masking import sample_noise, visible_units_from_noise
 
 
 IMAGE_SIZE = 224
@@ -48,9 +50,18 @@ SIMMIM_MASK_RATIO = 0.6
 
 
 def greenmim(args) -> tuple[torch.nn.Module, Callable]:
-    """GreenMIM, mask ratio 0.75."""
-    model = GreenMIMForPreTraining(GreenMIMConfig(image_size=IMAGE_SIZE, **SIZES[args.size]))
-    return model, lambda images: model(images).loss
+    """GreenMIM, mask ratio 0.75; each step draws and plans a mask, as the data loader's workers do."""
+    config = GreenMIMConfig(image_size=IMAGE_SIZE, **SIZES[args.size])
+    model, num_units = GreenMIMForPreTraining(config), config.unit_grid[0] * config.unit_grid[1]
+
+    def loss_of(images):
+        visible_units = visible_units_from_noise(sample_noise(num_units), num_units, 1, config.mask_ratio)
+        plan = plan_mask(config, visible_units, static=args.compile)
+        if args.device == "cuda":
+            plan = plan.pin_memory().to(images.device, non_blocking=True)
+        return model(images, plan=plan).loss
+
+    return model, loss_of
 
 
 def simmim(args) -> tuple[torch.nn.Module, Callable]:
@@ -73,7 +84,7 @@ def reference(args) -> tuple[torch.nn.Module, Callable]:
     """The published GreenMIM code, from a checkout of the user's."""
     sys.path.insert(0, args.reference)
     module, _, factory = args.reference_factory.rpartition(".")
-    model = getattr(importlib.import_module(module), factory)()
+    model = getattr(importlib.import_module(module), factory)(norm_pix_loss=True)
     # The published model returns (loss, prediction, mask) or the loss alone.
     return model, lambda images: first_of(model(images))
 
@@ -226,6 +237,7 @@ def parse_arguments() -> argparse.Namespace:
         default="modeling.model_factory.green_mim_swin_base_patch4_dec512b1",
         help="module.function in that folder that builds its Swin-B for pre-training",
     )
+    parser.add_argument("--peers", nargs="*", help="names of the models to compare with; default: all")
     parser.add_argument("--output", help="JSON file for the results")
     parser.add_argument("--measure_memory_of", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -240,6 +252,10 @@ def main() -> None:
     builders = dict(TASKS[args.task])
     if args.reference:
         builders["reference"] = reference
+    if args.peers is not None:
+        if unknown := set(args.peers) - set(builders):
+            sys.exit(f"--peers {' '.join(unknown)}: this task has {', '.join(builders)}; reference needs --reference.")
+        builders = {name: build for name, build in builders.items() if name in ("greenmim", *args.peers)}
     if args.measure_memory_of:
         print(measure_memory(builders[args.measure_memory_of], args))
         return
