@@ -282,7 +282,10 @@ def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, c
     train = None
     if args.do_train:
         transform = TrainTransform(size, channels, scale=(args.min_crop_scale, 1.0))
-        records = decoded_once(parts.train.records, "image") if args.decode_once else parts.train.records
+        records = parts.train.records
+        if args.decode_once:
+            with args.main_process_first(desc="decoding images"):
+                records = decoded_once(records, "image")
         train = ImageDataset(records, "image", transform, args.seed, labels.LABEL)
         batch = args.train_batch_size * args.world_size
         if len(train) < batch:

@@ -157,13 +157,16 @@ def build_datasets(data: DataArguments, args: MIMTrainingArguments, config) -> t
         raise ValueError(f"`num_channels` is {channels}; images have 1 (grey) or 3 (RGB).")
     check_first_readable(train, column, size, channels, argument)
     if args.decode_once:
-        train = decoded_once(train, column)
+        with args.main_process_first(desc="decoding images"):
+            train = decoded_once(train, column)
     train_dataset = eval_dataset = None
     if args.do_train:
         transform = TrainTransform(size, channels, scale=(data.min_crop_scale, 1.0))
         if data.streaming:
             train = train.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
-            train = split_dataset_by_node(train, args.process_index, args.world_size)
+            # By shards each process reads only what it uses.
+            strategy = "shards" if train.num_shards >= args.world_size else "examples"
+            train = split_dataset_by_node(train, args.process_index, args.world_size, strategy)
             train_dataset = ImageStream(train, column, transform, args.seed, args.process_index, repeat=True)
         else:
             train_dataset = ImageDataset(train, column, transform, args.seed)

@@ -3,25 +3,24 @@
     python benchmarks/attention.py
     python benchmarks/attention.py --device cuda --dtype bf16 --batch_size 256
 
-`eager` and `sdpa` add one bias for all pairs of slots, -inf across windows. `flex_attention` is a candidate that the model
-does not have: it looks the bias up for each score, and its block mask skips pairs of different groups. Each result is
-compared with eager's before it is timed. Training is forward and backward to queries, keys, values and the bias table.
+`eager` and `sdpa` add one bias for all pairs of slots, -inf across windows. `flex_attention` is a candidate that the
+model does not have: it looks the bias up for each score, and its block mask skips pairs of different groups. Each
+result is compared with eager's before it is timed. Training is forward and backward to queries, keys, values and the
+bias table.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from training_step import IMAGE_SIZE, SIZES, wait
+from training_step import IMAGE_SIZE, SIZES, random_plan, time_in_turns
 
-from modeling_greenmim import GreenMIMConfig, plan_mask
+from modeling_greenmim import GreenMIMConfig
 from modeling_greenmim.attention import ALL_ATTENTION_FUNCTIONS, GreenMIMWindowAttention, eager_attention_forward
 from modeling_greenmim.grouping import GroupPlan
-from modeling_greenmim.masking import sample_noise, visible_units_from_noise
 
 
 HEAD_DIM = 32
@@ -64,23 +63,8 @@ def in_blocks(attention: GreenMIMWindowAttention, plan: GroupPlan) -> Callable:
     return run
 
 
-def time_rounds(runs: dict[str, Callable], args) -> dict[str, float]:
-    """Median milliseconds of each, taking turns."""
-    milliseconds = {name: [] for name in runs}
-    for round_index in range(args.rounds + 1):
-        for name, run in runs.items():
-            wait(args.device)
-            start = time.perf_counter()
-            for _ in range(args.calls):
-                run()
-            wait(args.device)
-            if round_index:  # the first round warms up
-                milliseconds[name].append((time.perf_counter() - start) / args.calls * 1000)
-    return {name: statistics.median(values) for name, values in milliseconds.items()}
-
-
 def measure_stage(config: GreenMIMConfig, stage: int, plan: GroupPlan, args) -> list[dict[str, float]]:
-    """Milliseconds of every back end, in inference and in training, for one layer of a stage."""
+    """Seconds of every back end, in inference and in training, for one layer of a stage."""
     heads, window = config.num_heads[stage], config.stage_windows[stage]
     attention = GreenMIMWindowAttention(config, heads * HEAD_DIM, heads, window).to(args.device)
     nn.init.normal_(attention.relative_position_bias_table)
@@ -105,7 +89,7 @@ def measure_stage(config: GreenMIMConfig, stage: int, plan: GroupPlan, args) -> 
     # Only a GPU has a backward pass of flex_attention.
     trainable = BACK_ENDS if args.device == "cuda" else BACK_ENDS[:2]
     return [
-        time_rounds({name: lambda name=name, call=call: call(name) for name in names}, args)
+        time_in_turns({name: partial(call, name) for name in names}, args.device, args.rounds, args.calls)
         for call, names in ((infer, BACK_ENDS), (train, trainable))
     ]
 
@@ -122,15 +106,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     config = GreenMIMConfig(image_size=IMAGE_SIZE, **SIZES[args.size])
-    num_units = config.unit_grid[0] * config.unit_grid[1]
-    visible_units = visible_units_from_noise(sample_noise(num_units), num_units, 1, config.mask_ratio)
-    stages = plan_mask(config, visible_units).to(args.device).stages
-    print(f"| {args.size}, batch {args.batch_size}, {args.dtype}, ms a layer | groups x slots | " + " | ".join(BACK_ENDS), "|")
+    stages = random_plan(config).to(args.device).stages
+    print(
+        f"| {args.size}, batch {args.batch_size}, {args.dtype}, ms a layer | groups x slots | "
+        + " | ".join(BACK_ENDS),
+        "|",
+    )
     print("| --- " * (2 + len(BACK_ENDS)) + "|")
     for stage, plan in enumerate(stages):
         shape = "{1} x {2}".format(*plan.groups[1].bias_index.shape)
         for work, times in zip(("inference", "training"), measure_stage(config, stage, plan.groups[1], args)):
-            cells = " | ".join(f"{times[name]:.2f}" if name in times else "-" for name in BACK_ENDS)
+            cells = " | ".join(f"{1000 * times[name]:.2f}" if name in times else "-" for name in BACK_ENDS)
             print(f"| stage {stage + 1}, {work} | {shape} | {cells} |", flush=True)
 
 

@@ -8,16 +8,14 @@ visible tokens. All settings of a table take turns in one process; peak memory i
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import matplotlib
 import torch
-from training_step import peak_memory_of_this_process, wait
+from training_step import loss_on_fresh_masks, peak_memory_of_this_process, time_in_turns
 
 from modeling_greenmim import GreenMIMConfig, GreenMIMForPreTraining
 from modeling_greenmim.configuration_greenmim import count_visible_units
@@ -47,30 +45,16 @@ def make_step(config: GreenMIMConfig, batch_size: int, args):
     model = GreenMIMForPreTraining(config).to(args.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     images = torch.randn(batch_size, 3, config.image_size, config.image_size, device=args.device)
+    loss_of = loss_on_fresh_masks(model)
 
     def step():
         with torch.autocast(args.device, torch.bfloat16) if args.dtype == "bf16" else nullcontext():
-            loss = model(images).loss
+            loss = loss_of(images)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
-
-
-def time_in_turns(settings: list[tuple[str, int, float, int]], args) -> list[float]:
-    """Median seconds of a step of each setting (model, image size, mask ratio, batch)."""
-    steps = [make_step(make_config(*setting[:3]), setting[3], args) for setting in settings]
-    seconds = [[] for _ in settings]
-    for round_index in range(args.rounds + 1):
-        for step, found in zip(steps, seconds):
-            wait(args.device)
-            start = time.perf_counter()
-            step()
-            wait(args.device)
-            if round_index:  # the first round warms up
-                found.append(time.perf_counter() - start)
-    return [statistics.median(found) for found in seconds]
 
 
 def peak_memory(setting: tuple[str, int, float, int], args) -> float:
@@ -94,7 +78,8 @@ def table(title: str, settings: list[tuple[str, int, float, int]], args) -> list
     print("| model | image, px | mask ratio | batch | step, s | visible tokens/s | µs a visible token | peak, GB |")
     print("| --- " * 8 + "|", flush=True)
     rows = []
-    for setting, seconds in zip(settings, time_in_turns(settings, args)):
+    steps = {setting: make_step(make_config(*setting[:3]), setting[3], args) for setting in settings}
+    for setting, seconds in time_in_turns(steps, args.device, args.rounds).items():
         model, image_size, mask_ratio, batch_size = setting
         tokens = visible_tokens(make_config(model, image_size, mask_ratio), batch_size)
         row = {"model": model, "image_size": image_size, "mask_ratio": mask_ratio, "batch_size": batch_size}

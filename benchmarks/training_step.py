@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from configuration_greenmim import GreenMIMConfig
-from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, plan_mask
+from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, MaskPlan, plan_mask
 from modeling_greenmim.masking import sample_noise, visible_units_from_noise
 
 
@@ -49,19 +49,29 @@ SIZES = {
 SIMMIM_MASK_RATIO = 0.6
 
 
-def greenmim(args) -> tuple[torch.nn.Module, Callable]:
-    """GreenMIM, mask ratio 0.75; each step draws and plans a mask, as the data loader's workers do."""
-    config = GreenMIMConfig(image_size=IMAGE_SIZE, **SIZES[args.size])
-    model, num_units = GreenMIMForPreTraining(config), config.unit_grid[0] * config.unit_grid[1]
+def random_plan(config: GreenMIMConfig, static: bool = False) -> MaskPlan:
+    """A random mask at the configuration's ratio, planned."""
+    num_units = config.unit_grid[0] * config.unit_grid[1]
+    visible_units = visible_units_from_noise(sample_noise(num_units), num_units, 1, config.mask_ratio)
+    return plan_mask(config, visible_units, static=static)
+
+
+def loss_on_fresh_masks(model: GreenMIMForPreTraining, static: bool = False) -> Callable:
+    """Loss of images on a mask that each call draws and plans, and hands to the device as a data loader does."""
 
     def loss_of(images):
-        visible_units = visible_units_from_noise(sample_noise(num_units), num_units, 1, config.mask_ratio)
-        plan = plan_mask(config, visible_units, static=args.compile)
-        if args.device == "cuda":
+        plan = random_plan(model.config, static)
+        if images.device.type != "cpu":
             plan = plan.pin_memory().to(images.device, non_blocking=True)
         return model(images, plan=plan).loss
 
-    return model, loss_of
+    return loss_of
+
+
+def greenmim(args) -> tuple[torch.nn.Module, Callable]:
+    """GreenMIM, mask ratio 0.75."""
+    model = GreenMIMForPreTraining(GreenMIMConfig(image_size=IMAGE_SIZE, **SIZES[args.size]))
+    return model, loss_on_fresh_masks(model, static=args.compile)
 
 
 def simmim(args) -> tuple[torch.nn.Module, Callable]:
@@ -151,20 +161,25 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def time_steps(builders: dict, args, dtype: str) -> dict[str, float]:
-    """Median seconds of a step for each model, taking turns."""
-    steps = {name: make_step(build, args, dtype) for name, build in builders.items()}
-    seconds = {name: [] for name in steps}
-    for round_index in range(args.rounds + 1):
-        for name, step in steps.items():
-            wait(args.device)
+def time_in_turns(works: dict[str, Callable[[], None]], device: str, rounds: int, calls: int = 1) -> dict[str, float]:
+    """Median seconds of a call of each, taking turns of so many calls; a first round warms up."""
+    seconds = {name: [] for name in works}
+    for round_index in range(rounds + 1):
+        for name, work in works.items():
+            wait(device)
             start = time.perf_counter()
-            for _ in range(args.steps_per_round):
-                step()
-            wait(args.device)
-            if round_index:  # the first round warms up
-                seconds[name].append((time.perf_counter() - start) / args.steps_per_round)
+            for _ in range(calls):
+                work()
+            wait(device)
+            if round_index:
+                seconds[name].append((time.perf_counter() - start) / calls)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def time_steps(builders: dict, args, dtype: str) -> dict[str, float]:
+    """Median seconds of a step for each model."""
+    steps = {name: make_step(build, args, dtype) for name, build in builders.items()}
+    return time_in_turns(steps, args.device, args.rounds, args.steps_per_round)
 
 
 def joules_per_image(builders: dict, args, dtype: str) -> dict[str, float]:

@@ -116,8 +116,9 @@ class GreenMIMWindowAttention(nn.Module):
         table = self.relative_position_bias_table
         if table is None:
             table = torch.zeros(self.table_size, self.num_heads, device=plan.bias_index.device)
-        table = nn.functional.pad(table.t().to(dtype), (1, 1), value=-torch.inf)
-        bias = table.index_select(1, plan.bias_index.flatten()).unflatten(1, plan.bias_index.shape)
+        table = nn.functional.pad(table.t(), (1, 1), value=-torch.inf)
+        # Many pairs share an entry: its gradient is summed in the table's own precision.
+        bias = table.index_select(1, plan.bias_index.flatten()).to(dtype).unflatten(1, plan.bias_index.shape)
         return bias.transpose(0, 1).flatten(1, 2)
 
 

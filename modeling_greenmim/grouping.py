@@ -5,9 +5,9 @@ Each window holds another number of visible tokens. Whole windows are packed int
 section 3.2); attention is dense inside a group, and a mask lets through only pairs of one window. A plan depends on
 the mask, the grid, the window and the shift alone: it is made once per (stage, shift), on the CPU, in NumPy.
 
-Plans are tight, as many and as large groups as a mask needs, or static: the same shapes for all masks that keep as many
-units, so that a training step is compiled once. A mask whose windows pack too badly for them, not seen among 20,000 random
-ones, gets a second shape, which holds every mask.
+Plans are tight, as many and as large groups as a mask needs, or static: the same shapes for all masks that keep as
+many units, so that a training step is compiled once. A mask whose windows pack too badly for them, not seen among
+20,000 random ones, gets a second shape, which holds every mask.
 """
 
 import math
@@ -137,7 +137,7 @@ def choose_groups(counts: np.ndarray, num_tokens: int) -> tuple[int, int, list[l
 def static_groups(num_tokens: int, largest: int) -> tuple[int, int, int] | None:
     """Group size, and numbers of groups that are usually and always enough, by the least usual cost.
 
-    Usually: more than any of 20,000 random masks of 224 px and 4,000 of larger images needed. Always: where `k` windows
+    Usually: no fewer than any of 20,000 random masks of 224 px and 4,000 of 448 px needed. Always: where `k` windows
     of the largest size fit into a group of `G` slots, `pack_windows` fills more than `G * k / (k + 1)` of every group
     but the last, since the largest window left out, of `s` tokens, came when at least `k` windows not smaller than it
     were in, of `F` tokens together; so `F >= k * s` and `F + s > G`.
@@ -301,14 +301,17 @@ class MaskPlan:
     Attributes:
         visible_units: `(1 or batch, num_visible)` int64, ascending; None when every unit is visible.
         stages: the plan of each stage.
+        backbone: type and windows of the encoders that it serves.
     """
 
     visible_units: torch.Tensor | None
     stages: tuple[StagePlan, ...]
+    backbone: tuple[str, tuple[int, ...]]
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MaskPlan":
         """The plan with its index tensors changed."""
-        return MaskPlan(_map(self.visible_units, change), tuple(stage.map(change) for stage in self.stages))
+        stages = tuple(stage.map(change) for stage in self.stages)
+        return MaskPlan(_map(self.visible_units, change), stages, self.backbone)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "MaskPlan":
         """The plan on a device."""
@@ -393,7 +396,12 @@ def plan_mask(
     patch_grid = tuple(side * patches_per_side for side in unit_grid or config.unit_grid)
     is_twins = config.backbone_type == "twins"
     stages = plan_stages(visible_units.numpy(), patch_grid, config.stage_windows, raster, is_twins, static)
-    return MaskPlan(visible_units, stages)
+    return MaskPlan(visible_units, stages, backbone_of(config))
+
+
+def backbone_of(config: GreenMIMConfig) -> tuple[str, tuple[int, ...]]:
+    """`MaskPlan.backbone` of a model."""
+    return config.backbone_type, config.stage_windows
 
 
 def plan_all_visible(

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from .attention import GreenMIMWindowAttention
 from .configuration_greenmim import GreenMIMConfig
 from .decoder import GreenMIMDecoder, reconstruction_loss
-from .grouping import MaskPlan, StagePlan, plan_all_visible, plan_mask
+from .grouping import MaskPlan, StagePlan, backbone_of, plan_all_visible, plan_mask
 from .layout import patchify, take_tokens, unpatchify
 from .masking import sample_noise, unit_mask, visible_units_from_mask, visible_units_from_noise
 from .resizing import BiasTableResizing
@@ -218,10 +218,12 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
         needs_raster = output_hidden_states or output_attentions
         if plan is None:
             plan = self._plan(pixel_values, unit_grid, bool_masked_pos, noise, mask_ratio, needs_raster)
-        elif bool_masked_pos is not None or noise is not None:
-            raise ValueError("`plan` says what is masked; `bool_masked_pos` and `noise` cannot be given too.")
+        elif any(choice is not None for choice in (bool_masked_pos, noise, mask_ratio)):
+            raise ValueError(
+                "`plan` says what is masked; `bool_masked_pos`, `noise` and `mask_ratio` cannot be given too."
+            )
         else:
-            _check_plan(plan, unit_grid, pixel_values.shape[0], needs_raster)
+            _check_plan(plan, self.config, unit_grid, pixel_values.shape[0], needs_raster)
         visible, plans = plan.visible_units, plan.stages
 
         embeddings = self.embeddings(pixel_values, visible)
@@ -252,7 +254,7 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
         visible = self._visible_units(unit_grid, pixel_values.shape[0], bool_masked_pos, noise, mask_ratio)
         if visible is None:
             patch_grid = tuple(side // self.config.patch_size for side in pixel_values.shape[2:])
-            return MaskPlan(None, _plan_all_visible(self.config, patch_grid, device))
+            return MaskPlan(None, _plan_all_visible(self.config, patch_grid, device), backbone_of(self.config))
         return plan_mask(self.config, visible, unit_grid, raster).to(device)
 
     def _visible_units(self, unit_grid, batch_size, bool_masked_pos, noise, mask_ratio) -> torch.Tensor | None:
@@ -277,7 +279,11 @@ def _plan_all_visible(config: GreenMIMConfig, patch_grid: tuple[int, int], devic
     return plan_all_visible(patch_grid, config.stage_windows, device, config.backbone_type == "twins")
 
 
-def _check_plan(plan: MaskPlan, unit_grid: tuple[int, int], batch_size: int, needs_raster: bool) -> None:
+def _check_plan(plan: MaskPlan, config: GreenMIMConfig, unit_grid, batch_size: int, needs_raster: bool) -> None:
+    if plan.backbone != backbone_of(config):
+        raise ValueError(
+            f"`plan` was made for the backbone and windows {plan.backbone}, but the model has {backbone_of(config)}."
+        )
     if plan.stages[-1].grid != unit_grid:
         raise ValueError(f"`plan` was made for {plan.stages[-1].grid} mask units, but the images have {unit_grid}.")
     masks = 1 if plan.visible_units is None else plan.visible_units.shape[0]

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.config.config_args import load_config_from_file
+import yaml
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from safetensors.torch import load_file
 
 import run_image_classification
 import run_mim
-from modeling_greenmim import GreenMIMForPreTraining
+from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining
+from tests.test_trainer import make_trainer
 from tests.training_helpers import (
     flags,
     launch_processes,
@@ -149,13 +152,22 @@ def test_a_killed_process_ends_the_launch_and_nothing_is_lost(script):
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("accelerate/*.yaml")), ids=lambda path: path.stem)
 def test_launch_configurations_are_accelerates(path):
-    config = load_config_from_file(str(path))
-    assert config.num_processes == {"one_gpu": 1, "eight_gpus": 8, "multi_node": 32, "fsdp": 8, "cpu": 2}[path.stem]
+    """What accelerate makes of them is what they say."""
+    command = launch_command_parser().parse_args(["--config_file", str(path), "run_mim.py"])
+    used, _, _ = _validate_launch_command(command)
     text = path.read_text()
+    given = yaml.safe_load(text)
+    for name, value in {**given.pop("fsdp_config", {}), **given}.items():
+        if name == "distributed_type":
+            assert {"MULTI_GPU": used.multi_gpu, "FSDP": used.use_fsdp, "NO": not used.multi_gpu}[value]
+        elif name != "compute_environment":
+            assert str(getattr(used, name)) == str(value), name
+    assert used.num_processes == {"one_gpu": 1, "eight_gpus": 8, "multi_node": 32, "fsdp": 8, "cpu": 2}[path.stem]
     assert f"accelerate launch --config_file examples/accelerate/{path.name}" in text
     if path.stem == "fsdp":
-        wrapped = set(config.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(","))
-        assert wrapped <= {type(module).__name__ for module in GreenMIMForPreTraining(tiny_config()).modules()}
+        wrapped = set(used.fsdp_transformer_layer_cls_to_wrap.split(","))
+        for model_class in (GreenMIMForPreTraining, GreenMIMForImageClassification):
+            assert wrapped <= {type(module).__name__ for module in model_class(tiny_config()).modules()}
 
 
 @pytest.mark.parametrize("name", ["pretrain", "finetune"])
@@ -178,16 +190,18 @@ import json, os, sys
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import load, save
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from accelerate import FullyShardedDataParallelPlugin
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from safetensors.torch import save_file
 from modeling_greenmim import GreenMIMForPreTraining
 from modeling_greenmim.grouping import plan_mask
 from modeling_greenmim.masking import sample_noise, visible_units_from_noise
 from tests.training_helpers import tiny_config
+from training_greenmim.trainer import keep_single_precision
 
-folder, last_step, save_to, load_from = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+folder, last_step, save_to, load_from, precision = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 torch.manual_seed(0)
 config = tiny_config()
 model = GreenMIMForPreTraining(config)
@@ -195,20 +209,25 @@ rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 if world > 1:
     dist.init_process_group("gloo")
     blocks = [block for stage in model.greenmim.encoder.layers for block in stage.blocks]
-    for block in (*blocks, *model.decoder.decoder_layers):
-        fully_shard(block)
-    fully_shard(model)
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16":
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        plugin.set_mixed_precision("bf16")
+        keep_single_precision(plugin)
+        policy = plugin.mixed_precision_policy
+    for module in (*blocks, model):
+        fully_shard(module, mp_policy=policy)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     shares = sum(parameter.to_local().numel() for parameter in model.parameters())
     assert shares < 0.75 * sum(parameter.numel() for parameter in model.parameters())
+# Biases of keys have no gradient but rounding, which the usual epsilon would blow up to whole steps.
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
 first_step = 0
 if load_from != "-":
-    state = get_model_state_dict(model)
-    load(state, checkpoint_id=load_from)
-    set_model_state_dict(model, state)
+    weights, moments = get_state_dict(model, optimizer)
+    load({"model": weights, "optimizer": moments}, checkpoint_id=load_from)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
     first_step = 10
-# Without momentum the weights are all that a run carries.
-optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
 losses = []
 for step in range(first_step, last_step):
     generator = torch.Generator().manual_seed(step)
@@ -218,12 +237,14 @@ for step in range(first_step, last_step):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
+    assert loss.dtype == torch.float32
     mean = loss.detach() / world
     if world > 1:
         dist.all_reduce(mean)
     losses.append(mean.item())
 if save_to != "-":
-    save(get_model_state_dict(model), checkpoint_id=save_to)
+    weights, moments = get_state_dict(model, optimizer)
+    save({"model": weights, "optimizer": moments}, checkpoint_id=save_to)
 weights = model.state_dict()
 weights = {name: tensor.full_tensor() if world > 1 else tensor for name, tensor in weights.items()}
 if rank == 0:
@@ -236,13 +257,15 @@ if world > 1:
 """
 
 
-def train_sharded(folder: Path, num_processes: int, steps: int = 20, save_to="-", load_from="-") -> tuple[dict, dict]:
+def train_sharded(
+    folder: Path, num_processes: int, steps: int = 20, save_to="-", load_from="-", precision="fp32"
+) -> tuple[dict, dict]:
     script = folder.parent / "sharded.py"
     script.write_text(SHARDED)
     command = [sys.executable]
     if num_processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command += [str(script), str(folder), str(steps), str(save_to), str(load_from)]
+    command += [str(script), str(folder), str(steps), str(save_to), str(load_from), precision]
     environment = {**subprocess_environment(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -262,6 +285,25 @@ def test_sharded_processes_train_as_one_and_take_over_from_another_number(tmp_pa
         found, found_losses = train_sharded(tmp_path / f"resumed-{number}", number, load_from=checkpoint)
         assert_same(found_losses, {step: loss for step, loss in expected.items() if int(step) >= 10})
         assert_same(found, weights)
+
+
+def test_sharded_processes_in_bf16_sum_and_report_in_fp32(tmp_path):
+    _, expected = train_sharded(tmp_path / "fp32", 2, steps=5)
+    _, found = train_sharded(tmp_path / "bf16", 2, steps=5, precision="bf16")
+    assert_same(found, expected, tolerance=0.02)
+    assert any(loss != torch.tensor(loss).bfloat16().item() for loss in found.values())
+
+
+def test_a_model_in_parts_is_saved_whole_at_the_end(tmp_path, monkeypatch):
+    """Its checkpoints are torch.distributed's; accelerate has no FSDP on CPUs, so the trainer is told it had."""
+    trainer = make_trainer(tmp_path)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+    trainer.save_model(str(tmp_path / "part"), _internal_call=True)
+    assert not list((tmp_path / "part").glob("*.safetensors"))
+    trainer.save_model(str(tmp_path / "whole"))
+    assert GreenMIMForPreTraining.from_pretrained(tmp_path / "whole").config.image_size == 32
 
 
 def test_masks_do_not_depend_on_the_number_of_workers(tmp_path):

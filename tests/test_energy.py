@@ -38,14 +38,17 @@ def test_energy_is_in_results_log_and_card(tmp_path, no_network):
 
 def test_a_resumed_run_counts_on(tmp_path):
     write_images(tmp_path / "data", 6)
-    common = ("--train_dir", tmp_path / "data", "--do_train", "--max_steps", 4, *COUNTRY)
-    output = run(tmp_path / "out", *common, "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1)
-    before = next(entry["energy_kwh"] for entry in state_of(output)["log_history"] if entry["step"] == 2)
-    resumed = run(
-        tmp_path / "resumed", *common, "--logging_steps", 1, "--resume_from_checkpoint", output / "checkpoint-2"
-    )
-    logged = [entry["energy_kwh"] for entry in state_of(resumed)["log_history"] if "energy_kwh" in entry]
-    assert logged[1] == before and logged == sorted(logged) and logged[2] > before
+    # The checkpoint lies between two logs.
+    common = ("--train_dir", tmp_path / "data", "--do_train", "--max_steps", 5, "--logging_steps", 3, *COUNTRY)
+    output = run(tmp_path / "out", *common, "--save_strategy", "steps", "--save_steps", 2)
+    resumed = run(tmp_path / "resumed", *common, "--resume_from_checkpoint", output / "checkpoint-4")
+    logged = [entry for entry in state_of(resumed)["log_history"] if "energy_kwh" in entry]
+    kwh = [entry["energy_kwh"] for entry in logged]
+    assert [entry["step"] for entry in logged] == [2, 3, 4] and kwh == sorted(kwh)
+    (at_checkpoint,) = (entry for entry in state_of(output)["log_history"] if entry["step"] == 4)
+    results = results_of(resumed)
+    assert kwh[2] == at_checkpoint["energy_kwh"] < results["energy_kwh"]
+    assert results["images_per_joule"] * results["energy_kwh"] * 3.6e6 == pytest.approx(5 * 4, rel=1e-6)
 
 
 def test_steps_that_were_not_measured_do_not_count(tmp_path):

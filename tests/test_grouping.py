@@ -275,7 +275,11 @@ def test_windows_that_pack_badly_get_the_groups_that_always_suffice():
     group_size, usual, sufficient = static_groups(800, 49)
     assert group_size == 50 and usual < 30 <= sufficient
     counts = np.array([[25] * 32, [26] * 30 + [20, 0]])
-    assert [pack_statically(counts[rows], 800, 49)[1] for rows in ([0], [1], [0, 1])] == [usual, sufficient, sufficient]
+    assert [pack_statically(counts[rows], 800, 49)[1] for rows in ([0], [1], [0, 1])] == [
+        usual,
+        sufficient,
+        sufficient,
+    ]
 
 
 def shapes_of(plan) -> tuple[torch.Size, ...]:

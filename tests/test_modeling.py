@@ -393,6 +393,12 @@ def test_plans_that_do_not_fit_are_refused(pretraining):
     plan = plan_mask(pretraining.config, torch.arange(9).view(1, 9))
     with pytest.raises(ValueError, match=r"`plan` says what is masked"):
         pretraining(images(), plan=plan, noise=torch.rand(1, 36))
+    with pytest.raises(ValueError, match=r"`plan` says what is masked; .*`mask_ratio`"):
+        pretraining.greenmim(images(), plan=plan, mask_ratio=0.5)
+    for change in ({"window_size": 2}, {"backbone_type": "twins"}):
+        other = plan_mask(tiny_config(**change), torch.arange(9).view(1, 9))
+        with pytest.raises(ValueError, match=r"`plan` was made for the backbone and windows .*, but the model has"):
+            pretraining(images(), plan=other)
     with pytest.raises(ValueError, match=r"`plan` was made for \(6, 6\) mask units, but the images have \(4, 6\)"):
         pretraining(images(height=64), plan=plan)
     with pytest.raises(ValueError, match=r"`plan` has 3 masks, but the batch has 2 images"):

@@ -16,6 +16,7 @@ from datasets import Image as ImageFeature
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 import run_mim
@@ -527,10 +528,13 @@ def test_output_folder_that_holds_a_run_is_refused(tmp_path):
     ):
         run(tmp_path / "out", *options)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
-    # A run that was killed leaves a checkpoint only.
+    # A run that was killed leaves a checkpoint only; one that is not whole is of no use and in nobody's way.
     (tmp_path / "killed" / "checkpoint-5").mkdir(parents=True)
+    run(tmp_path / "killed", *options)
+    (tmp_path / "whole" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "whole" / "checkpoint-5" / "trainer_state.json").write_text("{}")
     with pytest.raises(ValueError, match=r"already holds a run \(checkpoint-5\)"):
-        run(tmp_path / "killed", *options)
+        run(tmp_path / "whole", *options)
 
 
 def test_output_folder_with_other_files_is_no_run(tmp_path):
@@ -675,6 +679,11 @@ run_mim.main(sys.argv[2:])
 """
 
 
+def flat_image(value: int) -> bytes:
+    """An image of one level of grey, which tells it apart after cropping."""
+    return encoded(Image.new("RGB", (48, 40), (value, value, value)))
+
+
 def launch(tmp_path: Path, argv: list[str]) -> list[list[dict]]:
     """Runs the script in two processes; returns what each step of each of them saw."""
     script = tmp_path / "recorded.py"
@@ -707,10 +716,47 @@ def test_two_processes_share_the_images_and_draw_their_own_masks(tmp_path):
 
 
 def test_two_processes_share_a_stream(tmp_path):
-    data = write_webdataset(tmp_path / "data", [encoded(noise_image(seed)) for seed in range(16)])
-    options = ("--dataset_name", data, "--streaming", "--do_train", "--max_steps", 3)
+    """Each reads shards of its own, though their number is odd; and they meet an unreadable image in evaluation."""
+    data = write_webdataset(tmp_path / "data", [flat_image(seed) for seed in range(18)], shards=3)
+    held_out = [encoded(noise_image(seed)) for seed in range(5)]
+    held_out[1] = held_out[1][:100]
+    write_webdataset(tmp_path / "data", held_out, split="validation")
+    options = ("--dataset_name", data, "--streaming", "--do_train", "--do_eval", "--max_steps", 3)
     ranks = launch(tmp_path, flags(tmp_path / "out", *options, "--per_device_train_batch_size", 2))
     assert [len(steps) for steps in ranks] == [3, 3]
-    images = [value for steps in ranks for step in steps for value in step["images"]]
-    assert len(set(images)) == 12, "no image twice in a pass"
+    numbers = [[round(value / (3 * 32 * 32)) for step in steps for value in step["images"]] for steps in ranks]
+    shards = [{number % 3 for number in part} for part in numbers]
+    assert not shards[0] & shards[1] and sum(map(len, shards)) == 3
+    assert len(set(numbers[0])) == len(set(numbers[1])) == 6, "no image twice in a pass"
+    assert np.isfinite(results_of(tmp_path / "out")["eval_loss"])
     assert len({tuple(step["mask"]) for steps in ranks for step in steps}) >= 5
+
+
+# Compiled
+
+
+def test_a_compiled_run_is_the_run_as_it_is(tmp_path):
+    """One graph, though evaluations lie between its steps and its images do not fill whole batches."""
+    write_images(tmp_path / "data", 10)
+    write_images(tmp_path / "held-out", 4, first_seed=30)
+    folders = ("--train_dir", tmp_path / "data", "--validation_dir", tmp_path / "held-out")
+    evaluating = ("--do_eval", "--eval_strategy", "steps", "--eval_steps", 2, "--num_pictures", 0)
+    common = (*folders, "--do_train", *evaluating, "--max_steps", 6)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = run(tmp_path / "compiled", *common, "--torch_compile_backend", "aot_eager")
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    # Two batches of four an epoch.
+    assert state_of(compiled)["epoch"] == 3.0
+    plain = run(tmp_path / "plain", *common, "--dataloader_drop_last")
+    expected = load_file(plain / "model.safetensors")
+    for name, value in load_file(compiled / "model.safetensors").items():
+        assert torch.allclose(value, expected[name], atol=1e-4), name
+    assert results_of(compiled)["eval_loss"] == pytest.approx(results_of(plain)["eval_loss"], rel=1e-4)
+
+
+def test_a_compiled_step_needs_a_whole_batch(tmp_path):
+    write_images(tmp_path / "data", 3)
+    with pytest.raises(ValueError, match=r"`per_device_train_batch_size` is 4.*there are 3 training images"):
+        run(tmp_path / "out", "--train_dir", tmp_path / "data", "--do_train", "--max_steps", 1, "--torch_compile")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import SwinConfig, SwinModel
 
-from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel, grouping, swin
+from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel, grouping, plan_mask, swin
+from modeling_greenmim.attention import GreenMIMWindowAttention
 from modeling_greenmim.swin import GreenMIMDropPath, GreenMIMMLP
 from tests.oracle import (
     DenseEncoder,
@@ -329,3 +330,15 @@ def test_drop_path_of_everything_leaves_the_residual_stream():
     plan = grouping.plan_stages(np.arange(36)[None], (6, 6), (5,))[0].groups[0]
     tokens = torch.randn(2, 36, 8, dtype=torch.float64)
     assert torch.equal(block(tokens, plan)[0], tokens)
+
+
+def test_gradients_of_shared_biases_are_summed_exactly_in_bf16():
+    """The bias of a token with itself serves every token; bf16 cannot count beyond 256."""
+    config = tiny_config(image_size=256)
+    attention = GreenMIMWindowAttention(config, 16, 1, config.stage_windows[0])
+    plan = plan_mask(config, torch.arange(32)[None]).stages[0].groups[0]
+    bias = attention.bias(plan, torch.bfloat16)
+    bias[bias.isfinite()].sum().backward()
+    index = plan.bias_index[(plan.bias_index > 0) & (plan.bias_index <= attention.table_size)] - 1
+    expected = torch.bincount(index, minlength=attention.table_size).float()
+    assert expected.max() > 256 and torch.equal(attention.relative_position_bias_table.grad[:, 0], expected)

@@ -220,7 +220,7 @@ def test_evaluation_loss_is_the_mean_over_images(tmp_path):
     with torch.no_grad():
         for sample in trainer.eval_dataset:
             pixel_values = trainer.normalize(sample["pixel_values"][None])
-            losses.append(trainer.model(pixel_values, noise=trainer.evaluation_noise()).loss.item())
+            losses.append(trainer.model(pixel_values, plan=trainer.evaluation_plan).loss.item())
     # Batches of 4 and 2.
     assert trainer.evaluate()["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
@@ -516,7 +516,7 @@ def test_evaluation_draws_the_first_images(tmp_path):
     assert trainer.last_picture == str(path)
     pixels = np.array(Image.open(path))
     assert pixels.shape == (3 * 32 + 2 * GAP, 3 * 32 + 2 * GAP, 3)
-    hidden = trainer.evaluation_noise()[0].argsort()[4:]
+    hidden = np.setdiff1d(np.arange(16), trainer.evaluation_plan.visible_units[0])
     for row in range(3):
         top = row * (32 + GAP)
         original, masked, reconstruction = (

@@ -95,8 +95,6 @@ class ImageTrainingArguments(TrainingArguments):
             check_country(self.country_iso_code)
         if self.accelerator_config is None and self.dataloader_pin_memory:
             self.accelerator_config = {"non_blocking": True}
-        if self.torch_compile:
-            self.dataloader_drop_last = True  # a smaller batch would be compiled anew
         given = self.learning_rate
         self.learning_rate = 0.0 if given is None else given  # the parent compares and needs a number
         super().__post_init__()

@@ -57,7 +57,9 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
             check_unfinished(checkpoint, args)
         return checkpoint
     output = Path(args.output_dir)
-    traces = [*output.glob("checkpoint-*"), *output.glob("*.safetensors"), *output.glob("trainer_state.json")]
+    # A checkpoint that was broken off is of no use to anyone.
+    checkpoints = filter(is_whole_checkpoint, output.glob("checkpoint-*"))
+    traces = [*checkpoints, *output.glob("*.safetensors"), *output.glob("trainer_state.json")]
     if args.do_train and traces:
         raise ValueError(
             f"`output_dir` is {args.output_dir!r}, which already holds a run ({traces[0].name}). Continue it with"

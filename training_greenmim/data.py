@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from datasets import Image as ImageFeature
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from transformers.utils import logging
 
 from .images import EvalTransform, UnreadableImageError, decode, read
 from .randomness import AUGMENTATION, SHUFFLE, derived_generator, derived_torch_generator
 
+
+logger = logging.get_logger(__name__)
 
 # How many images a start may find unreadable before it gives up looking for a readable one in a stream.
 FIRST_READABLE_WITHIN = 1000
@@ -198,6 +201,14 @@ def collate(samples: list[dict]) -> dict:
         if name in samples[0]:
             batch[name] = torch.tensor([sample[name] for sample in samples])
     return batch
+
+
+def collate_and_report(samples: list[dict]) -> dict:
+    """`collate` where one process reads for all: only tensors reach the others, so messages are logged here."""
+    batch = collate(samples)
+    for message in batch["unreadable"]:
+        logger.warning(f"Skipped an unreadable image: {message}")
+    return {**batch, "unreadable": []}
 
 
 def elpv() -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -36,16 +36,14 @@ class EnergyCallback(TrainerCallback):
         self.country = country
         self.tracker = None
         self.now = self.before = {KWH: 0.0, CO2: 0.0}
-        self.first_step = 0
+        self.first_step = self.images_before = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Starts to measure, from what the log of a resumed run tells."""
-        earlier = [entry for entry in state.log_history if KWH in entry]
         self.first_step = state.global_step
-        if earlier:
+        if earlier := [entry for entry in state.log_history if KWH in entry]:
             self.before = {name: earlier[-1][name] for name in (KWH, CO2)}
-            unmeasured = [entry["step"] for entry in state.log_history if "loss" in entry and KWH not in entry]
-            self.first_step = max(unmeasured, default=0)
+            self.images_before = round(earlier[-1][IMAGES_PER_JOULE] * self.before[KWH] * JOULES_PER_KWH)
         if state.is_local_process_zero:
             self.tracker = self._make_tracker()
             self.tracker.start()

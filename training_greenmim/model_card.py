@@ -112,7 +112,7 @@ def _optimization(trainer) -> dict:
         "batch": args.total_batch_size,
         "learning rate": f"{args.learning_rate:.3g}, {args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
         "weight decay": args.weight_decay,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "precision": "fp32" if args.mixed_precision == "no" else args.mixed_precision,
         "seed": args.seed,
     }
 

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from transformers.integrations import TensorBoardCallback
 
-from modeling_greenmim import GreenMIMConfig
-from modeling_greenmim.grouping import plan_mask
+from modeling_greenmim import GreenMIMConfig, MaskPlan, plan_mask
 from modeling_greenmim.masking import sample_noise, visible_units_from_noise
 
-from .data import collate
+from .data import EpochShuffle, collate
 from .model_card import write_model_card
 from .pictures import picture_grid, reconstruct
 from .randomness import MASK, derived_torch_generator
@@ -63,22 +62,38 @@ class MIMTrainer(ImageTrainer):
                 " `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES=0."
             )
         self.last_picture: str | None = None
-        rows, columns = self.model.config.unit_grid
-        self.num_units = rows * columns
-        self.train_collator = MaskedCollator(
-            self.model.config, self.args.seed, self.args.mask_per_sample, self.args.torch_compile
-        )
+        static = self.args.torch_compile
+        self.train_collator = MaskedCollator(self.model.config, self.args.seed, self.args.mask_per_sample, static)
+        self.evaluation_plan = self.plan_evaluation(static).to(self.args.device)
 
-    def evaluation_noise(self) -> torch.Tensor:
-        """Noise of the one mask that every evaluation uses, `(1, num_units)`."""
-        return sample_noise(self.num_units, generator=derived_torch_generator(self.args.seed, MASK))
+    def plan_evaluation(self, static: bool) -> MaskPlan:
+        """Plan of the one mask that every evaluation uses."""
+        config = self.model.config
+        num_units = config.unit_grid[0] * config.unit_grid[1]
+        noise = sample_noise(num_units, generator=derived_torch_generator(self.args.seed, MASK))
+        return plan_mask(config, visible_units_from_noise(noise, num_units, 1, config.mask_ratio), static=static)
+
+    def build_sampler(self, length: int) -> EpochShuffle:
+        """Order of the training images; in whole batches for a compiled step, which has one size.
+
+        Raises:
+            `ValueError`: when there are not enough images for one such batch.
+        """
+        batch = self.args.train_batch_size * self.args.world_size if self.args.torch_compile else 1
+        if length < batch:
+            raise ValueError(
+                f"`per_device_train_batch_size` is {self.args.per_device_train_batch_size}, which makes batches of"
+                f" {batch} images over all processes, but there are {length} training images; `torch_compile` needs"
+                " whole batches."
+            )
+        return EpochShuffle(length, self.args.seed, multiple_of=batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of a batch of uint8 images; in training it stops at a loss that is not finite."""
         self.report_unreadable(inputs["unreadable"])
         pixel_values = self.normalize(inputs["pixel_values"])
-        mask = {"plan": inputs["plan"]} if model.training else {"noise": self.evaluation_noise()}
-        outputs = model(pixel_values=pixel_values, **mask)
+        plan = inputs["plan"] if model.training else self.evaluation_plan
+        outputs = model(pixel_values=pixel_values, plan=plan)
         if model.training:
             self.check_finite(outputs.loss)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -106,12 +121,12 @@ class MIMTrainer(ImageTrainer):
         samples = list(itertools.islice(self.eval_dataset, self.args.num_pictures))
         pixel_values = self.normalize(collate(samples)["pixel_values"].to(self.args.device))
         # Every process takes part: a sharded model computes on all of them.
-        self.model_wrapped.eval()
+        self.model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = self.model_wrapped(pixel_values=pixel_values, noise=self.evaluation_noise())
+            outputs = self.model(pixel_values=pixel_values, plan=self.evaluation_plan)
         if not self.is_world_process_zero():
             return None
-        model = self.accelerator.unwrap_model(self.model_wrapped)
+        model = self.accelerator.unwrap_model(self.model)
         masked, reconstruction = reconstruct(model, pixel_values, outputs.logits, outputs.mask)
         mean, std = self.image_mean.flatten().tolist(), self.image_std.flatten().tolist()
         picture = picture_grid([pixel_values, masked, reconstruction], mean, std)

@@ -2,14 +2,19 @@
 """`Trainer` for images: derived randomness, exact resumption, normalisation on the device, a halt at broken losses."""
 
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import gather_object
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .checkpoints import last_checkpoint
-from .data import EpochShuffle, ImageDataset, ImageStream, collate
+from .data import EpochShuffle, ImageDataset, ImageStream, collate, collate_and_report
 from .energy import CO2, IMAGES_PER_JOULE, KWH, EnergyCallback, images_per_joule
 from .model_card import RunFacts
 from .optimization import no_decay_parameters
@@ -20,6 +25,13 @@ logger = logging.get_logger(__name__)
 
 # A step that no run reaches.
 NEVER = 2**62
+
+
+def keep_single_precision(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Makes FSDP2 sum gradients in single precision and return losses as they are; accelerate's bf16 rounds both."""
+    policy = plugin.mixed_precision_policy
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -91,6 +103,12 @@ class ImageTrainer(Trainer):
         self.waits_to_check = self.args.device.type != "cpu"
         self.broken_step = torch.full((), NEVER)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes the accelerator; see `keep_single_precision`."""
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            keep_single_precision(self.accelerator.state.fsdp_plugin)
+
     def train(self, *args, **kwargs):
         """Trains; with `track_energy` the results tell kWh, kg of CO2-equivalent and images per joule."""
         output = super().train(*args, **kwargs)
@@ -106,7 +124,7 @@ class ImageTrainer(Trainer):
             measured = gather_object(measured)
         totals = {name: self.energy.before[name] + sum(part[name] for part in measured) for name in (KWH, CO2)}
         images = (self.state.global_step - self.energy.first_step) * self.args.total_batch_size
-        return {**totals, IMAGES_PER_JOULE: images_per_joule(images, totals[KWH])}
+        return {**totals, IMAGES_PER_JOULE: images_per_joule(self.energy.images_before + images, totals[KWH])}
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         """Batches of `train_collator`; those of a stream come from the part of it that is this process's."""
@@ -122,11 +140,23 @@ class ImageTrainer(Trainer):
                 prefetch_factor=self.args.dataloader_prefetch_factor,
                 drop_last=self.args.dataloader_drop_last,
             )
-        self.data_collator, evaluation = self.train_collator, self.data_collator
-        try:
+        with self._collating_by(self.train_collator):
             return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None) -> torch.utils.data.DataLoader:
+        """Batches for evaluation; of a stream the first process reads them for all."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        handed_on = isinstance(dataset, ImageStream) and self.args.world_size > 1
+        with self._collating_by(collate_and_report if handed_on else self.data_collator):
+            return super().get_eval_dataloader(eval_dataset)
+
+    @contextmanager
+    def _collating_by(self, collator: Callable[[list[dict]], dict]):
+        self.data_collator, usual = collator, self.data_collator
+        try:
+            yield
         finally:
-            self.data_collator = evaluation
+            self.data_collator = usual
 
     def _prepare_input(self, data):
         """Moves tensors, and what moves itself, such as plans, without waiting where they are pinned."""
@@ -198,7 +228,15 @@ class ImageTrainer(Trainer):
 
     def _save_checkpoint(self, *args, **kwargs):
         self.stop_if_broken()
+        if self.energy is not None:
+            self.log(self.measured_energy())  # a run that is resumed here counts on from it
         super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the whole model, also where checkpoints hold it in parts."""
+        if self.is_fsdp_enabled and not _internal_call:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
 
     def report_unreadable(self, messages: list[str]) -> None:
         """Logs each unreadable image once and counts it."""
