@@ -2,7 +2,8 @@
 
 All models take turns in one process, so that drifts of the machine hit them alike; peak memory is measured in a
 process of its own for each model. A step is forward, backward, fused AdamW and zeroing of gradients; `--inference`
-measures the forward pass alone, in eval mode.
+measures the forward pass alone, in eval mode. Operations are those of matrix products and attention, as torch counts
+them.
 
     python benchmarks/training_step.py --batch_size 16 --dtype fp32 bf16
     python benchmarks/training_step.py --batch_size 32 --memory_only
@@ -27,6 +28,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     SwinConfig,
     SwinForImageClassification,
@@ -182,6 +184,14 @@ def time_steps(builders: dict, args, dtype: str) -> dict[str, float]:
     return time_in_turns(steps, args.device, args.rounds, args.steps_per_round)
 
 
+def matrix_flops(build: Callable, args, dtype: str) -> int:
+    """Floating-point operations of the matrix products of a step."""
+    step = make_step(build, argparse.Namespace(**{**vars(args), "compile": False}), dtype)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
 def joules_per_image(builders: dict, args, dtype: str) -> dict[str, float]:
     """Energy of an image for each model: at least 20 s of steps each."""
     from codecarbon import OfflineEmissionsTracker
@@ -284,8 +294,9 @@ def main() -> None:
         "torch": torch.__version__,
         "rows": [],
     }
-    print(f"| {work}, {device}{', compiled' * args.compile} | images/s | GreenMIM is | peak memory, GB | J an image |")
-    print("| --- " * 5 + "|")
+    columns = ["images/s", "GreenMIM is", "matrix TFLOP/s", "peak memory, GB", "J an image"]
+    print(f"| {work}, {device}{', compiled' * args.compile} |", " | ".join(columns), "|")
+    print("| --- " * (1 + len(columns)) + "|")
     for dtype in args.dtype:
         seconds = {} if args.memory_only else time_steps(builders, args, dtype)
         joules = joules_per_image(builders, args, dtype) if args.energy else {}
@@ -296,8 +307,9 @@ def main() -> None:
             results["rows"].append(row)
             speed = f"{args.batch_size / seconds[name]:.2f}" if seconds else "-"
             factor = f"{seconds[name] / seconds['greenmim']:.2f} x as fast" if seconds else "-"
+            flops = f"{matrix_flops(builders[name], args, dtype) / seconds[name] / 1e12:.3f}" if seconds else "-"
             print(
-                f"| {name}, {dtype} | {speed} | {factor} | {row['peak_memory_gb'] or '-'}"
+                f"| {name}, {dtype} | {speed} | {factor} | {flops} | {row['peak_memory_gb'] or '-'}"
                 f" | {f'{joules[name]:.2f}' if joules else '-'} |",
                 flush=True,
             )

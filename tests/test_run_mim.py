@@ -699,9 +699,8 @@ def test_two_processes_share_the_images_and_draw_their_own_masks(tmp_path):
         write_broken(tmp_path / "data" / f"{index:03}-broken.png")  # before 000.png ... 005.png, which replace them
     write_images(tmp_path / "held-out", 3, first_seed=30)
     options = ("--train_dir", tmp_path / "data", "--validation_dir", tmp_path / "held-out", "--do_train", "--do_eval")
-    ranks = launch(
-        tmp_path, flags(tmp_path / "out", *options, "--num_train_epochs", 1, "--per_device_train_batch_size", 2)
-    )
+    options = (*options, "--decode_once", "--num_train_epochs", 1, "--per_device_train_batch_size", 2)
+    ranks = launch(tmp_path, flags(tmp_path / "out", *options))
     assert [len(steps) for steps in ranks] == [4, 4]
     masks = [tuple(step["mask"]) for steps in ranks for step in steps]
     assert len(set(masks)) >= 7

@@ -62,16 +62,17 @@ class MIMTrainer(ImageTrainer):
                 " `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES=0."
             )
         self.last_picture: str | None = None
-        static = self.args.torch_compile
-        self.train_collator = MaskedCollator(self.model.config, self.args.seed, self.args.mask_per_sample, static)
-        self.evaluation_plan = self.plan_evaluation(static).to(self.args.device)
+        self.train_collator = MaskedCollator(
+            self.model.config, self.args.seed, self.args.mask_per_sample, self.args.torch_compile
+        )
+        self.evaluation_plan = self.plan_evaluation().to(self.args.device)
 
-    def plan_evaluation(self, static: bool) -> MaskPlan:
+    def plan_evaluation(self) -> MaskPlan:
         """Plan of the one mask that every evaluation uses."""
         config = self.model.config
         num_units = config.unit_grid[0] * config.unit_grid[1]
         noise = sample_noise(num_units, generator=derived_torch_generator(self.args.seed, MASK))
-        return plan_mask(config, visible_units_from_noise(noise, num_units, 1, config.mask_ratio), static=static)
+        return plan_mask(config, visible_units_from_noise(noise, num_units, 1, config.mask_ratio))
 
     def build_sampler(self, length: int) -> EpochShuffle:
         """Order of the training images; in whole batches for a compiled step, which has one size.
