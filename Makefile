@@ -15,7 +15,7 @@ BIN := .venv/bin
 # An interrupted run goes on where it was; a finished one has its card.
 pretrain: .venv/installed
 	test -f outputs/elpv/README.md || $(BIN)/python run_mim.py examples/pretrain_elpv.yaml \
-		--resume_from_checkpoint $(if $(wildcard outputs/elpv/checkpoint-*),true,false)
+		--resume_from_checkpoint $(if $(wildcard outputs/elpv/checkpoint-*/trainer_state.json),true,false)
 	@echo "Reconstructions: outputs/elpv/reconstruction.png (remove outputs/elpv to train anew)"
 
 # What pre-training brings; finished runs are kept in outputs/elpv-studies.

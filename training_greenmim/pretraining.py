@@ -18,6 +18,12 @@ from .randomness import MASK, derived_torch_generator
 from .trainer import ImageTrainer
 
 
+def plan_from_noise(config: GreenMIMConfig, noise: torch.Tensor, static: bool = False) -> MaskPlan:
+    """Plan of the masks at the configuration's ratio that noise `(masks, num_units)` stands for; see `plan_mask`."""
+    visible = visible_units_from_noise(noise, noise.shape[1], noise.shape[0], config.mask_ratio)
+    return plan_mask(config, visible, static=static)
+
+
 class MaskedCollator:
     """Joins training samples to a batch, draws its mask or masks and plans them; it runs in the loader's workers.
 
@@ -39,8 +45,7 @@ class MaskedCollator:
         rows, columns = self.config.unit_grid
         places = [sample["place"] for sample in (samples if self.per_sample else samples[:1])]
         noise = torch.cat([sample_noise(rows * columns, generator=self.generator(place)) for place in places])
-        visible = visible_units_from_noise(noise, rows * columns, len(samples), self.config.mask_ratio)
-        return {**collate(samples), "plan": plan_mask(self.config, visible, static=self.static)}
+        return {**collate(samples), "plan": plan_from_noise(self.config, noise, self.static)}
 
     def generator(self, place: tuple[int, ...]) -> torch.Generator:
         """Generator of the mask that is derived from a sample's place."""
@@ -65,14 +70,10 @@ class MIMTrainer(ImageTrainer):
         self.train_collator = MaskedCollator(
             self.model.config, self.args.seed, self.args.mask_per_sample, self.args.torch_compile
         )
-        self.evaluation_plan = self.plan_evaluation().to(self.args.device)
-
-    def plan_evaluation(self) -> MaskPlan:
-        """Plan of the one mask that every evaluation uses."""
-        config = self.model.config
-        num_units = config.unit_grid[0] * config.unit_grid[1]
-        noise = sample_noise(num_units, generator=derived_torch_generator(self.args.seed, MASK))
-        return plan_mask(config, visible_units_from_noise(noise, num_units, 1, config.mask_ratio))
+        # Every evaluation uses one mask.
+        rows, columns = self.model.config.unit_grid
+        noise = sample_noise(rows * columns, generator=derived_torch_generator(self.args.seed, MASK))
+        self.evaluation_plan = plan_from_noise(self.model.config, noise).to(self.args.device)
 
     def build_sampler(self, length: int) -> EpochShuffle:
         """Order of the training images; in whole batches for a compiled step, which has one size.
