@@ -38,8 +38,9 @@ from transformers import (
 )
 
 from configuration_greenmim import GreenMIMConfig
-from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, MaskPlan, plan_mask
-from modeling_greenmim.masking import sample_noise, visible_units_from_noise
+from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, MaskPlan
+from modeling_greenmim.masking import sample_noise
+from training_greenmim.pretraining import plan_from_noise
 
 
 IMAGE_SIZE = 224
@@ -54,8 +55,7 @@ SIMMIM_MASK_RATIO = 0.6
 def random_plan(config: GreenMIMConfig, static: bool = False) -> MaskPlan:
     """A random mask at the configuration's ratio, planned."""
     num_units = config.unit_grid[0] * config.unit_grid[1]
-    visible_units = visible_units_from_noise(sample_noise(num_units), num_units, 1, config.mask_ratio)
-    return plan_mask(config, visible_units, static=static)
+    return plan_from_noise(config, sample_noise(num_units), static)
 
 
 def loss_on_fresh_masks(model: GreenMIMForPreTraining, static: bool = False) -> Callable:
