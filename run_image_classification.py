@@ -22,33 +22,25 @@ from transformers import AutoModelForImageClassification, set_seed
 
 from modeling_greenmim import GreenMIMConfig, GreenMIMForImageClassification
 from modeling_greenmim.image_processing_greenmim import build_image_processor
-from training_greenmim import labels
-from training_greenmim.arguments import ClassificationTrainingArguments, parse_arguments
-from training_greenmim.checkpoints import find_checkpoint
-from training_greenmim.classification import ClassificationTrainer
-from training_greenmim.data import (
-    EveryImage,
-    ImageDataset,
-    check_first_readable,
-    decoded_once,
-    elpv,
-    load_folder,
-)
-from training_greenmim.images import EvalTransform, TrainTransform
-from training_greenmim.labels import LabelledData, Part
-from training_greenmim.metrics import load_metrics
-from training_greenmim.model_card import describe_run
-from training_greenmim.models import (
-    MODEL_SIZES,
-    build_config,
+from training_greenmim.classification.metrics import load_metrics
+from training_greenmim.classification.models import (
     center_cropped,
     class_names,
     image_height_and_width,
     load_classifier,
-    parse_overrides,
 )
-from training_greenmim.probes import first_stages, fold_head, freeze_encoder, use_neighbours
-from training_greenmim.recipes import HELP, recipe_defaults
+from training_greenmim.classification.probes import first_stages, fold_head, freeze_encoder, use_neighbours
+from training_greenmim.classification.recipes import HELP, recipe_defaults
+from training_greenmim.classification.trainer import ClassificationTrainer
+from training_greenmim.data import labels
+from training_greenmim.data.image_dataset import EveryImage, ImageDataset
+from training_greenmim.data.labels import LabelledData, Part
+from training_greenmim.data.readers import check_first_readable, decoded_once, elpv, load_folder
+from training_greenmim.data.transforms import EvalTransform, TrainTransform
+from training_greenmim.runs.arguments import ClassificationTrainingArguments, parse_arguments
+from training_greenmim.runs.card import describe_run
+from training_greenmim.runs.checkpoints import find_checkpoint
+from training_greenmim.runs.models import MODEL_SIZES, build_config, parse_overrides
 
 
 logger = logging.getLogger(__name__)

@@ -19,11 +19,8 @@ from transformers import AutoImageProcessor, AutoModelForPreTraining, set_seed
 
 from modeling_greenmim import GreenMIMForPreTraining
 from modeling_greenmim.image_processing_greenmim import build_image_processor
-from training_greenmim.arguments import MIMTrainingArguments, parse_arguments
-from training_greenmim.checkpoints import find_checkpoint
-from training_greenmim.data import (
-    ImageDataset,
-    ImageStream,
+from training_greenmim.data.image_dataset import ImageDataset
+from training_greenmim.data.readers import (
     check_first_readable,
     decoded_once,
     elpv,
@@ -31,10 +28,13 @@ from training_greenmim.data import (
     load_folder,
     undecoded,
 )
-from training_greenmim.images import EvalTransform, TrainTransform
-from training_greenmim.model_card import describe_run
-from training_greenmim.models import MODEL_SIZES, build_config
-from training_greenmim.pretraining import MIMTrainer
+from training_greenmim.data.streams import ImageStream
+from training_greenmim.data.transforms import EvalTransform, TrainTransform
+from training_greenmim.pretraining.trainer import MIMTrainer
+from training_greenmim.runs.arguments import MIMTrainingArguments, parse_arguments
+from training_greenmim.runs.card import describe_run
+from training_greenmim.runs.checkpoints import find_checkpoint
+from training_greenmim.runs.models import MODEL_SIZES, build_config
 
 
 logger = logging.getLogger(__name__)

@@ -36,11 +36,11 @@ import run_mim
 from modeling_greenmim import GreenMIMConfig, GreenMIMForPreTraining
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 from modeling_greenmim.masking import sample_noise, unit_mask, visible_units_from_noise
-from training_greenmim.arguments import MIMTrainingArguments, parse_arguments
-from training_greenmim.data import ImageDataset
-from training_greenmim.images import EvalTransform, TrainTransform
-from training_greenmim.pretraining import MIMTrainer
-from training_greenmim.trainer import ImageTrainer
+from training_greenmim.data.image_dataset import ImageDataset
+from training_greenmim.data.transforms import EvalTransform, TrainTransform
+from training_greenmim.pretraining.trainer import MIMTrainer
+from training_greenmim.runs.arguments import MIMTrainingArguments, parse_arguments
+from training_greenmim.runs.trainer import ImageTrainer
 
 
 ROOT = Path(__file__).parent.parent

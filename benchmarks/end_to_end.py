@@ -18,11 +18,12 @@ from transformers.utils import logging
 
 from modeling_greenmim import GreenMIMForPreTraining
 from modeling_greenmim.image_processing_greenmim import build_image_processor
-from training_greenmim.arguments import MIMTrainingArguments
-from training_greenmim.data import ImageDataset, elpv
-from training_greenmim.images import TrainTransform
-from training_greenmim.models import build_config
-from training_greenmim.pretraining import MIMTrainer
+from training_greenmim.data.image_dataset import ImageDataset
+from training_greenmim.data.readers import elpv
+from training_greenmim.data.transforms import TrainTransform
+from training_greenmim.pretraining.trainer import MIMTrainer
+from training_greenmim.runs.arguments import MIMTrainingArguments
+from training_greenmim.runs.models import build_config
 
 
 class StepTimes(TrainerCallback):

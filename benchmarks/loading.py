@@ -24,9 +24,11 @@ import torch
 from PIL import Image
 
 from modeling_greenmim import GreenMIMConfig
-from training_greenmim.data import ImageDataset, elpv, load_folder
-from training_greenmim.images import TrainTransform, open_image
-from training_greenmim.pretraining import MaskedCollator
+from training_greenmim.data.image_dataset import ImageDataset
+from training_greenmim.data.images import open_image
+from training_greenmim.data.readers import elpv, load_folder
+from training_greenmim.data.transforms import TrainTransform
+from training_greenmim.pretraining.collator import MaskedCollator
 
 
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

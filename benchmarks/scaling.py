@@ -19,7 +19,7 @@ from training_step import loss_on_fresh_masks, peak_memory_of_this_process, time
 
 from modeling_greenmim import GreenMIMConfig, GreenMIMForPreTraining
 from modeling_greenmim.configuration_greenmim import count_visible_units
-from training_greenmim.models import MODEL_SIZES
+from training_greenmim.runs.models import MODEL_SIZES
 
 
 PICTURE = Path(__file__).parent.parent / "docs" / "scaling.png"

@@ -40,7 +40,7 @@ from transformers import (
 from configuration_greenmim import GreenMIMConfig
 from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, MaskPlan
 from modeling_greenmim.masking import sample_noise
-from training_greenmim.pretraining import plan_from_noise
+from training_greenmim.pretraining.collator import plan_from_noise
 
 
 IMAGE_SIZE = 224

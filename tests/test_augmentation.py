@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 
-from training_greenmim.augmentation import (
+from training_greenmim.classification.augmentation import (
     OPERATIONS,
     BatchAugmentation,
     Mixing,

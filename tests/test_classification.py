@@ -17,14 +17,14 @@ from torch import nn
 from modeling_greenmim import GreenMIMForImageClassification
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 from tests.training_helpers import SHORT_RUN, coloured_image, encoded, messages, tiny_config
-from training_greenmim.arguments import ClassificationTrainingArguments
-from training_greenmim.classification import ClassificationTrainer
-from training_greenmim.data import EveryImage, ImageDataset
-from training_greenmim.images import EvalTransform, TrainTransform
-from training_greenmim.metrics import load_metrics
+from training_greenmim.classification.metrics import load_metrics
+from training_greenmim.classification.probes import freeze_encoder
+from training_greenmim.classification.trainer import ClassificationTrainer
+from training_greenmim.data.image_dataset import EveryImage, ImageDataset
+from training_greenmim.data.transforms import EvalTransform, TrainTransform
 from training_greenmim.optimization import layer_of_parameter
-from training_greenmim.probes import freeze_encoder
-from training_greenmim.trainer import NonFiniteLossError
+from training_greenmim.runs.arguments import ClassificationTrainingArguments
+from training_greenmim.runs.trainer import NonFiniteLossError
 
 
 NAMES = ["red", "green", "blue"]

@@ -13,19 +13,18 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.training_helpers import encoded, noise_image, write_broken, write_images, write_webdataset
-from training_greenmim.data import (
-    EpochShuffle,
-    ImageDataset,
-    ImageStream,
+from training_greenmim.data.image_dataset import EpochShuffle, ImageDataset, collate
+from training_greenmim.data.images import UnreadableImageError
+from training_greenmim.data.readers import (
     check_first_readable,
-    collate,
     decoded_once,
     elpv,
     find_image_column,
     load_folder,
     undecoded,
 )
-from training_greenmim.images import EvalTransform, TrainTransform, UnreadableImageError
+from training_greenmim.data.streams import ImageStream
+from training_greenmim.data.transforms import EvalTransform, TrainTransform
 
 
 SIZE = (16, 16)

@@ -30,7 +30,7 @@ from tests.training_helpers import (
     tiny_config,
     write_images,
 )
-from training_greenmim.arguments import ClassificationTrainingArguments, MIMTrainingArguments
+from training_greenmim.runs.arguments import ClassificationTrainingArguments, MIMTrainingArguments
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

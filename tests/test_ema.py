@@ -15,8 +15,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.training_helpers import assert_same_weights, subprocess_environment
-from training_greenmim.checkpoints import is_whole_checkpoint, last_checkpoint
-from training_greenmim.ema import EMA_FILE, EMACallback, EMATrainerMixin
+from training_greenmim.classification.ema import EMA_FILE, EMACallback, EMATrainerMixin
+from training_greenmim.runs.checkpoints import is_whole_checkpoint, last_checkpoint
 
 
 class Net(nn.Module):

@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from tests.training_helpers import encoded, noise_image, smooth_image
-from training_greenmim.images import (
+from training_greenmim.data.images import UnreadableImageError, open_image, read
+from training_greenmim.data.transforms import (
     EvalTransform,
     TrainTransform,
-    UnreadableImageError,
     center_crop_box,
     crop_and_resize,
-    open_image,
     random_crop_box,
-    read,
 )
 from training_greenmim.randomness import derived_generator
 

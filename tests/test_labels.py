@@ -9,7 +9,7 @@ from datasets import ClassLabel, Value
 from datasets import Image as ImageFeature
 
 from tests.training_helpers import encoded, messages, noise_image, write_class_folders, write_images
-from training_greenmim.labels import (
+from training_greenmim.data.labels import (
     LABEL,
     LabelledData,
     Part,

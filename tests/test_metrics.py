@@ -19,8 +19,8 @@ import pytest
 import transformers
 from PIL import Image
 
-from training_greenmim import metrics as metrics_module
-from training_greenmim.metrics import (
+from training_greenmim.classification import metrics as metrics_module
+from training_greenmim.classification.metrics import (
     SAMPLES_AT_A_TIME,
     SHIPPED_METRICS,
     compute_metrics,
@@ -122,7 +122,7 @@ def test_area_under_the_curve_of_confident_predictions():
 
 def test_an_undefined_metric_is_left_out_and_reported_once(caplog):
     transformers.utils.logging.warning_once.cache_clear()
-    with caplog.at_level("WARNING", logger="training_greenmim.metrics"):
+    with caplog.at_level("WARNING", logger="training_greenmim.classification.metrics"):
         for _ in range(2):
             results = evaluated(["accuracy", "roc_auc"], logits_of([1, 0, 1, 1], 2), [1, 1, 1, 1])
             assert results == {"accuracy": 0.75}

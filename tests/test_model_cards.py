@@ -15,8 +15,8 @@ from modeling_greenmim.image_processing_greenmim import build_image_processor
 from tests.hub_server import serve
 from tests.test_hub import execute
 from tests.test_remote_code import PREAMBLE
-from training_greenmim.arguments import MIMTrainingArguments, parse_arguments
-from training_greenmim.models import MODEL_SIZES, build_config
+from training_greenmim.runs.arguments import MIMTrainingArguments, parse_arguments
+from training_greenmim.runs.models import MODEL_SIZES, build_config
 
 
 FOLDER = Path(__file__).parent.parent / "model_cards"

@@ -10,7 +10,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 from modeling_greenmim import GreenMIMForImageClassification
 from tests.training_helpers import tiny_config
-from training_greenmim.probes import (
+from training_greenmim.classification.probes import (
     NeighbourHead,
     check_neighbours,
     first_stages,

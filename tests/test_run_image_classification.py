@@ -55,9 +55,9 @@ from tests.training_helpers import (
     write_images,
     write_pretrained,
 )
-from training_greenmim.arguments import ClassificationTrainingArguments, MIMTrainingArguments, parse_arguments
-from training_greenmim.images import EvalTransform
-from training_greenmim.recipes import RECIPES, recipe_defaults
+from training_greenmim.classification.recipes import RECIPES, recipe_defaults
+from training_greenmim.data.transforms import EvalTransform
+from training_greenmim.runs.arguments import ClassificationTrainingArguments, MIMTrainingArguments, parse_arguments
 
 
 KINDS = (

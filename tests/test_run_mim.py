@@ -41,8 +41,8 @@ from tests.training_helpers import (
     write_images,
     write_webdataset,
 )
-from training_greenmim.arguments import MIMTrainingArguments, parse_arguments
-from training_greenmim.models import MODEL_SIZES, build_config, parse_overrides
+from training_greenmim.runs.arguments import MIMTrainingArguments, parse_arguments
+from training_greenmim.runs.models import MODEL_SIZES, build_config, parse_overrides
 
 
 def card_of(output: Path) -> str:

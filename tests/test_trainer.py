@@ -19,14 +19,15 @@ from modeling_greenmim import GreenMIMForPreTraining
 from modeling_greenmim.decoder import normalize_units
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 from tests.training_helpers import SHORT_RUN, encoded, messages, noise_image, tiny_config
-from training_greenmim.arguments import MIMTrainingArguments, default_num_workers
-from training_greenmim.checkpoints import last_checkpoint
-from training_greenmim.data import ImageDataset
-from training_greenmim.images import EvalTransform, TrainTransform
+from training_greenmim.data.image_dataset import ImageDataset
+from training_greenmim.data.transforms import EvalTransform, TrainTransform
 from training_greenmim.optimization import no_decay_parameters
-from training_greenmim.pictures import GAP, loss_curve, picture_grid, reconstruct
-from training_greenmim.pretraining import MIMTrainer
-from training_greenmim.trainer import NonFiniteLossError
+from training_greenmim.pretraining.pictures import GAP, picture_grid, reconstruct
+from training_greenmim.pretraining.trainer import MIMTrainer
+from training_greenmim.runs.arguments import MIMTrainingArguments, default_num_workers
+from training_greenmim.runs.checkpoints import last_checkpoint
+from training_greenmim.runs.curves import loss_curve
+from training_greenmim.runs.trainer import NonFiniteLossError
 
 
 def image_dataset(count: int, transform, first_seed: int = 0, seed: int = 0) -> ImageDataset:

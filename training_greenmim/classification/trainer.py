@@ -9,15 +9,15 @@ import torch
 from torch import nn
 from transformers.trainer_utils import PredictionOutput
 
+from ..data.image_dataset import EpochShuffle
+from ..data.images import image_name
+from ..optimization import cosine_schedule, lars, parameter_groups
+from ..runs.card import write_classifier_card
+from ..runs.trainer import ImageTrainer
 from .augmentation import BatchAugmentation, Mixing
-from .data import EpochShuffle
 from .ema import EMACallback, EMATrainerMixin
-from .images import image_name
 from .metrics import compute_metrics, confusion_matrix, save_confusion_matrix
-from .model_card import write_classifier_card
-from .optimization import cosine_schedule, lars, parameter_groups
 from .probes import folded_head
-from .trainer import ImageTrainer
 
 
 class ClassificationTrainer(EMATrainerMixin, ImageTrainer):

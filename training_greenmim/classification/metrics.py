@@ -90,9 +90,9 @@ def _load(name: str) -> evaluate.EvaluationModule:
 
 
 def _shipped_folder() -> Path:
-    """The folder of metrics: beside this file where the project is installed, one up in a clone."""
-    installed = Path(__file__).parent / "metric_modules"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "metrics"
+    """The folder of metrics: in the package where the project is installed, beside it in a clone."""
+    installed = Path(__file__).parents[1] / "metric_modules"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "metrics"
 
 
 def _is_name_on_hub(name: str) -> bool:

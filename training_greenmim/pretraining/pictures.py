@@ -1,7 +1,6 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Pictures: what a model reconstructs, and the loss of a run."""
+"""Pictures of what a model reconstructs."""
 
-import matplotlib.figure
 import numpy as np
 import torch
 from PIL import Image
@@ -58,18 +57,3 @@ def picture_grid(columns: list[torch.Tensor], mean: list[float], std: list[float
             top, left = row * (height + GAP), column * (width + GAP)
             grid[top : top + height, left : left + width] = images[row, column]
     return Image.fromarray(grid[..., 0] if channels == 1 else grid)
-
-
-def loss_curve(log_history: list[dict]) -> matplotlib.figure.Figure:
-    """Training and evaluation loss over steps, from the log of `Trainer`."""
-    figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation, fixed mask", "o-")):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        if points:
-            axes.plot(*zip(*points), style, label=label, markersize=3)
-    axes.set(xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    return figure

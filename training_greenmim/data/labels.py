@@ -10,7 +10,7 @@ from datasets import ClassLabel
 from datasets import Image as ImageFeature
 from transformers.utils import logging
 
-from .data import find_image_column, find_images, undecoded
+from .readers import find_image_column, find_images, undecoded
 
 
 logger = logging.get_logger(__name__)

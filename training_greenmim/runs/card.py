@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .curves import loss_curve
 from .energy import CO2
-from .pictures import loss_curve
 
 
 CITATION = """## Citation

@@ -13,12 +13,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from ..data.image_dataset import EpochShuffle, ImageDataset, collate, collate_and_report
+from ..data.streams import ImageStream
+from ..optimization import no_decay_parameters
+from ..randomness import MODEL, derived_seed
+from .card import RunFacts
 from .checkpoints import last_checkpoint
-from .data import EpochShuffle, ImageDataset, ImageStream, collate, collate_and_report
 from .energy import CO2, IMAGES_PER_JOULE, KWH, EnergyCallback, images_per_joule
-from .model_card import RunFacts
-from .optimization import no_decay_parameters
-from .randomness import MODEL, derived_seed
 
 
 logger = logging.get_logger(__name__)

@@ -1,0 +1,143 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Images of a `datasets.Dataset` for the data loader, the order of an epoch, and batches."""
+
+import datasets
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from ..randomness import AUGMENTATION, SHUFFLE, derived_generator, derived_torch_generator
+from .images import UnreadableImageError, read
+
+
+logger = logging.get_logger(__name__)
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """Images of a `datasets.Dataset`, decoded on access.
+
+    An unreadable image is replaced by the next readable one, so that batches keep their size, and reported.
+
+    Args:
+        records: data set with an undecoded image column.
+        column: name of that column.
+        transform: function of (image source, generator) -> uint8 tensor.
+        seed: what augmentation is derived from, with epoch, sample and repetition.
+        label_column: column of class numbers to return too, if any.
+    """
+
+    def __init__(self, records: datasets.Dataset, column: str, transform, seed: int, label_column: str | None = None):
+        self.records, self.column, self.transform, self.seed = records, column, transform, seed
+        self.label_column = label_column
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: int | tuple[int, ...]) -> dict:
+        """Sample for an index, or for a key of `EpochShuffle`.
+
+        Returns:
+            `pixel_values`, uint8 `(channels, height, width)`, `unreadable`, a list of messages, `labels`, a class
+            number, where there is a label column, and, for a key, `place`: its epoch and position.
+
+        Raises:
+            `IndexError`: past the end.
+            `UnreadableImageError`: when no image of the data set can be read.
+        """
+        epoch, position, first, *repetition = key if isinstance(key, tuple) else (0, None, key)
+        place = {} if position is None else {"place": (epoch, position)}
+        if first >= len(self):
+            raise IndexError(first)
+        unreadable = []
+        for index in range(first, first + len(self)):
+            index %= len(self)
+            generator = derived_generator(self.seed, AUGMENTATION, epoch, index, *repetition)
+            try:
+                return {**self._read(index, generator), **place, "unreadable": unreadable}
+            except UnreadableImageError as error:
+                unreadable.append(str(error))
+        raise UnreadableImageError(f"none of {len(self)} images can be read; the last: {unreadable[-1]}")
+
+    def _read(self, index: int, generator: np.random.Generator) -> dict:
+        record = self.records[index]
+        pixel_values = read(record[self.column], self.transform, generator, f"image {index}")
+        if self.label_column is None:
+            return {"pixel_values": pixel_values}
+        return {"pixel_values": pixel_values, "labels": record[self.label_column]}
+
+
+class EveryImage(ImageDataset):
+    """Images of a `datasets.Dataset` for evaluation and prediction: one sample for each record, in order.
+
+    An unreadable image becomes zeros whose `readable` is False, so that it is not counted and keeps its line among the
+    predictions.
+    """
+
+    def __getitem__(self, index: int) -> dict:
+        """Sample `index`: what `ImageDataset` returns, and `readable`."""
+        if index >= len(self):
+            raise IndexError(index)
+        try:
+            return {**self._read(index, None), "unreadable": [], "readable": True}
+        except UnreadableImageError as error:
+            sample = {"pixel_values": torch.zeros(self.transform.shape, dtype=torch.uint8), "readable": False}
+            if self.label_column is not None:
+                sample["labels"] = self.records[index][self.label_column]
+            return {**sample, "unreadable": [str(error)]}
+
+
+class EpochShuffle(torch.utils.data.Sampler):
+    """Shuffles anew each epoch and yields (epoch, position in it, index), so that workers know where the run stands.
+
+    With repeated augmentation (https://huggingface.co/papers/1901.09335) an epoch draws fewer images, each several
+    times in a row, and yields (epoch, position, index, repetition).
+
+    Args:
+        length: number of samples of the data set.
+        seed: what the order is derived from, with the epoch.
+        repetitions: how often an image comes in an epoch that draws it.
+        multiple_of: the last samples of an epoch that are fewer than so many are left out.
+    """
+
+    def __init__(self, length: int, seed: int, repetitions: int = 1, multiple_of: int = 1):
+        self.length, self.seed, self.repetitions, self.epoch = length, seed, repetitions, 0
+        self.count = length - length % multiple_of
+
+    def __len__(self) -> int:
+        return self.count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(self.length, generator=derived_torch_generator(self.seed, SHUFFLE, self.epoch))
+        if self.repetitions == 1:
+            return ((self.epoch, *place) for place in enumerate(order[: self.count].tolist()))
+        repeated = order.repeat_interleave(self.repetitions)[: self.count].tolist()
+        return ((self.epoch, place, index, place % self.repetitions) for place, index in enumerate(repeated))
+
+
+def collate(samples: list[dict]) -> dict:
+    """Batch of samples.
+
+    Returns:
+        `pixel_values`, uint8 `(batch, channels, height, width)`, the messages on `unreadable` images, and, where the
+        samples have them, `labels` and `readable`, both `(batch,)`.
+    """
+    batch = {
+        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        "unreadable": [message for sample in samples for message in sample["unreadable"]],
+    }
+    for name in ("labels", "readable"):
+        if name in samples[0]:
+            batch[name] = torch.tensor([sample[name] for sample in samples])
+    return batch
+
+
+def collate_and_report(samples: list[dict]) -> dict:
+    """`collate` where one process reads for all: only tensors reach the others, so messages are logged here."""
+    batch = collate(samples)
+    for message in batch["unreadable"]:
+        logger.warning(f"Skipped an unreadable image: {message}")
+    return {**batch, "unreadable": []}

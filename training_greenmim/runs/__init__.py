@@ -1,0 +1,2 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""What every run shares: arguments, trainer, checkpoints, randomness, energy, card."""
