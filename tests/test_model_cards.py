@@ -10,7 +10,9 @@ from huggingface_hub import ModelCard
 
 import run_mim
 from modeling_greenmim import GreenMIMConfig, GreenMIMForImageClassification, GreenMIMForPreTraining, GreenMIMModel
-from modeling_greenmim.conversion import Checkpoint, build_parser, model_card
+from modeling_greenmim.conversion import Checkpoint
+from modeling_greenmim.conversion.__main__ import build_parser
+from modeling_greenmim.conversion.cards import model_card
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 from tests.hub_server import serve
 from tests.test_hub import execute
@@ -94,19 +96,19 @@ def test_commands_in_the_cards_are_understood():
 
 
 def test_imported_weights_get_the_right_card():
-    released = Checkpoint("official", {}, "green_mim_swin_base_patch4_dec5121b1")
+    released = Checkpoint("original", {}, merging_order="row")
     wide = {"window_size": 14, "embed_dim": 192, "num_heads": [6, 12, 24, 48]}
     with torch.device("meta"):
         base, large, other = (GreenMIMModel(GreenMIMConfig(**values)) for values in ({}, wide, {"image_size": 448}))
         classifier = GreenMIMForImageClassification(GreenMIMConfig())
     assert "# GreenMIM Swin-B, window 7\n" in model_card(base, released, "a.pth", "mine")
     assert "# GreenMIM Swin-L, window 14\n" in model_card(large, released, "a.pth", "mine")
-    own = Checkpoint("official", {}, "green_mim_swin_patch4_dec512b1")
+    own = Checkpoint("original", {}, merging_order="column")
     with torch.device("meta"):
         twins = GreenMIMModel(GreenMIMConfig(backbone_type="twins"))
     text = model_card(twins, released, "a.pth", "mine")
     assert "A Twins transformer, converted" in text and "- twins\n" in text
-    for model, checkpoint in ((base, own), (other, released), (base, Checkpoint("microsoft", {}))):
+    for model, checkpoint in ((base, own), (other, released), (base, Checkpoint("microsoft-swin", {}))):
         text = model_card(model, checkpoint, "a.pth", "mine", " --image_size 224")
         assert "# mine\n" in text and "`a.pth`" in text and "--output mine --image_size 224\n" in text
         assert 'AutoModel.from_pretrained("mine"' in text and "{" not in text.split("## Citation")[0]
