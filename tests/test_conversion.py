@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import re
 import runpy
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -30,7 +32,7 @@ from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTrai
 from modeling_greenmim.conversion import CheckpointError, convert, export_model, import_checkpoint, read_checkpoint
 from modeling_greenmim.conversion.__main__ import main
 from modeling_greenmim.conversion.checkpoint import Source
-from modeling_greenmim.conversion.formats import FORMATS
+from modeling_greenmim.conversion.formats import FORMATS, WRITABLE
 from modeling_greenmim.image_processing_greenmim import GreenMIMImageProcessorPil, build_image_processor
 from tests.golden import FIXTURES, load_golden, normalized
 from tests.oracle import random_images, randomize, tiny_config
@@ -276,6 +278,14 @@ def test_beside_a_yacs_configuration_other_classes_are_refused(yacs_node, tmp_pa
     assert not (tmp_path / "trapped").exists()
 
 
+def test_strange_configurations_have_clear_errors(yacs_node, tmp_path):
+    node = yacs_node({"DATA": "not a node"})
+    node.__dict__["get"] = "what dictionaries have is not taken from the file"
+    write_with_yacs(tmp_path / "a.pth", random_weights(encoder_shapes(**TINY)), yacs_node, config=node)
+    with pytest.raises(CheckpointError, match=r"a\.pth' cannot be read"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
 def test_attention_of_another_scale_is_refused(yacs_node, tmp_path):
     write_with_yacs(tmp_path / "a.pth", random_weights(encoder_shapes(**TINY)), yacs_node, swin={"QK_SCALE": 0.5})
     with pytest.raises(CheckpointError, match=r"QK_SCALE 0\.5"):
@@ -394,6 +404,16 @@ def test_official_twins_computes_without_residual(tmp_path):
         assert checkpoint.format == "original"
         back = convert(checkpoint, decoder_num_attention_heads=ours.config.decoder_num_attention_heads, **told)
         assert_features(getattr(back, "greenmim", back)(images).last_hidden_state, expected)
+
+
+def test_half_precision_keeps_the_position_encoding(tmp_path):
+    """Beside a 1 a small weight has fewer digits."""
+    ours = save_model(GreenMIMForPreTraining, tmp_path / "model", **TWINS).bfloat16()
+    ours.save_pretrained(tmp_path / "model")
+    export_model(str(tmp_path / "model"), "original", str(tmp_path / "a.pth"))
+    back = convert(read_checkpoint(tmp_path / "a.pth")).state_dict()
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(back[name], tensor.float(), atol=3e-7, rtol=0)
 
 
 def test_exports_of_the_first_release_are_read_as_they_were_written(tmp_path):
@@ -754,6 +774,24 @@ def test_command_line(official, tmp_path, capsys):
     assert "relative difference" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"error: .*nowhere"):
         main(["import", "--checkpoint", str(tmp_path / "nowhere.pth"), "--output", folder])
+
+
+def test_commands_of_the_page_run(tmp_path, monkeypatch):
+    """In a folder with a Swin and an official file as the page names them."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(random_weights(encoder_shapes(**TINY)), "swin.pth")
+    write_official(tmp_path / "greenmim.pth", random_weights(official_shapes(**TINY)), args=None)
+    page = (FIXTURES.parents[1] / "docs" / "conversion.md").read_text()
+    for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line)
+            assert words[:3] == ["python", "-m", "modeling_greenmim.conversion"]
+            main(words[3:])
+    assert {"swin-greenmim", "swin.safetensors", "greenmim-swin"} <= set(os.listdir())
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, {})
+    rows = re.findall(r"^\| `([a-z-]+)` \|.* \| ([^|]+) \|$", page, flags=re.MULTILINE)
+    assert {name: not export.startswith("no") for name, export in rows} == {name: name in WRITABLE for name in FORMATS}
 
 
 def test_runs_as_a_module(monkeypatch, capsys):

@@ -51,7 +51,7 @@ def export_model(folder: str, target: str, output: str) -> float:
 
 
 def load_model(folder: str) -> nn.Module:
-    """The model of a folder, of the class that it was saved as.
+    """The model of a folder, of the class that it was saved as, in single precision.
 
     Raises:
         `CheckpointError`: when it is no model of GreenMIM.
@@ -62,7 +62,7 @@ def load_model(folder: str) -> nn.Module:
         raise CheckpointError(f"`model` is {folder!r} of model type {config.model_type!r}; a GreenMIM is needed.")
     architecture = (config.architectures or [""])[0]
     classes = {cls.__name__: cls for cls in (GreenMIMForPreTraining, GreenMIMForImageClassification)}
-    return load_whole(classes.get(architecture, GreenMIMModel), folder, "model").eval()
+    return load_whole(classes.get(architecture, GreenMIMModel), folder, "model").float().eval()
 
 
 @torch.no_grad()

@@ -32,13 +32,13 @@ FROM_ROW_ORDER = [0, 2, 1, 3]
 MERGING = re.compile(r"\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)$")
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
+def read_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a file, or a folder of Transformers' Swin, of any format of `FORMATS`; the first that matches reads it.
 
     Raises:
         `CheckpointError`: when none matches, or when the file is damaged or not what it seems to be.
     """
-    source = read_source(path)
+    source = read_source(Path(path))
     what = f"`checkpoint` {str(path)!r}"
     with clear_errors(what):
         module = next((module for module in FORMATS.values() if module.matches(source)), None)
@@ -134,7 +134,7 @@ def import_checkpoint(path: str, output: str, order: str = "auto", **values) -> 
     """
     if Path(output).is_file():
         raise CheckpointError(f"`output` is {str(output)!r}, a file; a folder is needed.")
-    checkpoint = read_checkpoint(Path(path))
+    checkpoint = read_checkpoint(path)
     model = convert(checkpoint, order, **values)
     model.save_pretrained(output)
     image_processor(path, model.config).save_pretrained(output)

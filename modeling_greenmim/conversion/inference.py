@@ -12,6 +12,7 @@ from .checkpoint import PROJECTION, Checkpoint, CheckpointError
 from .reading import clear_errors
 
 
+LAYERS = "greenmim.encoder.layers"
 # In published models a head has 32 channels, in encoder and decoder, a Twins has windows of 7, and images have 224 px.
 HEAD_WIDTH, TWINS_WINDOW, IMAGE_SIZE = 32, 7, 224
 
@@ -25,7 +26,7 @@ def infer_config(checkpoint: Checkpoint, **values) -> tuple[GreenMIMConfig, dict
     Raises:
         `CheckpointError`: when weights are missing that tell, or contradict one another.
     """
-    weights = {name.removeprefix("greenmim."): tensor for name, tensor in checkpoint.weights.items()}
+    weights = checkpoint.weights
     told = {**checkpoint.values, **values}
     encoder = told.get("backbone_type", "swin")
     try:
@@ -50,15 +51,15 @@ def infer_config(checkpoint: Checkpoint, **values) -> tuple[GreenMIMConfig, dict
 
 def _infer_shape(weights: dict[str, torch.Tensor]) -> dict:
     """What all encoders share."""
-    embed_dim, channels, patch, _ = weights[PROJECTION.removeprefix("greenmim.")].shape
-    stages = _count(weights, r"encoder\.layers\.(\d+)\.blocks")
+    embed_dim, channels, patch, _ = weights[PROJECTION].shape
+    stages = _count(weights, rf"{LAYERS}\.(\d+)\.blocks")
     return {
         "embed_dim": embed_dim,
         "num_channels": channels,
         "patch_size": patch,
-        "depths": [_count(weights, rf"encoder\.layers\.{stage}\.blocks\.(\d+)") for stage in range(stages)],
-        "mlp_ratio": weights["encoder.layers.0.blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
-        "qkv_bias": "encoder.layers.0.blocks.0.attention.qkv.bias" in weights,
+        "depths": [_count(weights, rf"{LAYERS}\.{stage}\.blocks\.(\d+)") for stage in range(stages)],
+        "mlp_ratio": weights[f"{LAYERS}.0.blocks.0.mlp.fc1.weight"].shape[0] / embed_dim,
+        "qkv_bias": f"{LAYERS}.0.blocks.0.attention.qkv.bias" in weights,
     }
 
 
@@ -92,7 +93,7 @@ def _count(weights: dict[str, torch.Tensor], pattern: str) -> int:
 
 
 def _table(weights: dict[str, torch.Tensor], stage: int) -> torch.Tensor:
-    return weights[f"encoder.layers.{stage}.blocks.0.attention.{BIAS_TABLE}"]
+    return weights[f"{LAYERS}.{stage}.blocks.0.attention.{BIAS_TABLE}"]
 
 
 def _windows(weights: dict[str, torch.Tensor], stages: int) -> list[int]:

@@ -21,7 +21,7 @@ from .checkpoint import CheckpointError, Source
 # with attributes, which is what an OrderedDict is to the unpickler of torch; yacs itself is not imported.
 STAND_INS = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 # What damaged files and impossible values raise.
-READING_ERRORS = (OSError, RuntimeError, ValueError, KeyError, IndexError, SafetensorError)
+READING_ERRORS = (OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, LookupError, SafetensorError)
 
 
 def read_source(path: Path) -> Source:
@@ -39,7 +39,7 @@ def read_source(path: Path) -> Source:
         path,
         weights,
         args=vars(args) if isinstance(args, argparse.Namespace) else {},
-        config=_plain(config) if isinstance(config, dict) else {},
+        config=config if isinstance(config, dict) else {},
     )
 
 
@@ -50,7 +50,7 @@ def _read_file(path: Path) -> dict:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(STAND_INS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return _plain(torch.load(path, map_location="cpu", weights_only=True))
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found is None:
@@ -61,7 +61,7 @@ def _read_file(path: Path) -> dict:
             f"`checkpoint` {str(path)!r} wants {found[1]}, which a file of weights does not need; nothing of it was"
             " executed. Only tensors, argparse.Namespace and yacs.config.CfgNode are read."
         ) from error
-    except (*READING_ERRORS, EOFError, AttributeError, TypeError) as error:
+    except READING_ERRORS as error:
         raise CheckpointError(f"`checkpoint` {str(path)!r} is truncated or damaged: {error}") from error
 
 

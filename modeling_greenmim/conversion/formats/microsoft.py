@@ -6,6 +6,8 @@ mmdetection and mmpretrain read its files, too.
 
 import math
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -50,7 +52,7 @@ def read(source: Source) -> Checkpoint:
     return Checkpoint(NAME, to_ours(source.weights), values)
 
 
-def write(model: nn.Module, output):
+def write(model: nn.Module, output: Path) -> Callable:
     """Encoder and classifier, under the key "model"."""
     save_weights({"model": without_decoder(from_ours(model)) | position_indices(model.config)}, output)
     return tokens_with_epsilon(model, lambda name: EPSILON)

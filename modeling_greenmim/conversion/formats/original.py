@@ -8,6 +8,8 @@ encoding of its Twins has no residual; kernels of strided convolutions are store
 import argparse
 import math
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -67,7 +69,7 @@ def read(source: Source) -> Checkpoint:
     return Checkpoint(NAME, twins.to_ours(weights, channels_last=True), values)
 
 
-def write(model: nn.Module, output):
+def write(model: nn.Module, output: Path) -> Callable:
     """A model of pre-training, under the key "model", and under "args" what readers know it by."""
     if not isinstance(model, GreenMIMForPreTraining):
         others = "twins or timm" if model.config.backbone_type == "twins" else "microsoft-swin"

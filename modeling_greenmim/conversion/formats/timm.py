@@ -2,6 +2,8 @@
 """timm's Swin (`swin_*`): Microsoft's, with merging and head in other places. timm's Twins are read by `twins`."""
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,7 +31,7 @@ def read(source: Source) -> Checkpoint:
     return Checkpoint(NAME, microsoft.to_ours(weights), values)
 
 
-def write(model: nn.Module, output):
+def write(model: nn.Module, output: Path) -> Callable:
     """Encoder and classifier of a Swin or Twins."""
     if model.config.backbone_type == "twins":
         return twins.write(model, output)

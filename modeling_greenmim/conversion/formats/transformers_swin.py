@@ -1,6 +1,9 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Transformers' Swin: folders of `SwinModel`, `SwinForImageClassification` and `SwinForMaskedImageModeling`."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import (
@@ -30,8 +33,14 @@ NAMES = [
     (f"attention.{BIAS_TABLE}", f"attention.relative_position_bias.{BIAS_TABLE}"),
 ]
 # Values of the configuration that mean the same in both.
-NO_WEIGHT_TELLS = ("image_size", "hidden_act", "hidden_dropout_prob", "attention_probs_dropout_prob")
-NO_WEIGHT_TELLS += ("drop_path_rate", "layer_norm_eps")
+NO_WEIGHT_TELLS = (
+    "image_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "drop_path_rate",
+    "layer_norm_eps",
+)
 WEIGHTS_TELL = (
     "patch_size",
     "num_channels",
@@ -71,7 +80,7 @@ def read(source: Source) -> Checkpoint:
     return Checkpoint(NAME, to_ours(load_whole(model_class, folder, "checkpoint")), values)
 
 
-def write(model: nn.Module, output):
+def write(model: nn.Module, output: Path) -> Callable:
     """A folder of `SwinForImageClassification`, or of `SwinModel` for models without classifier."""
     swin = SwinForImageClassification(swin_config(model.config)).eval()
     state = from_ours(model)

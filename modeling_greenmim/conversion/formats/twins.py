@@ -6,6 +6,8 @@ Official GreenMIM's Twins has these names too, in a layout and with a function o
 
 import math
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -53,7 +55,7 @@ def read(source: Source) -> Checkpoint:
     return Checkpoint(NAME, to_ours(source.weights, channels_last=False), values)
 
 
-def write(model: nn.Module, output):
+def write(model: nn.Module, output: Path) -> Callable:
     """Encoder and classifier."""
     save_weights(microsoft.without_decoder(from_ours(model, channels_last=False)), output)
     return tokens_with_epsilon(model, lambda name: EPSILON if "layernorm" in name else microsoft.EPSILON)
