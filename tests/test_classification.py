@@ -287,12 +287,14 @@ class Watcher(nn.Module):
         self.config = config
         self.frozen = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.Dropout(0.5))
         self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(64, 3)
+        # As in LeViT's head.
+        self.head = nn.Sequential(nn.BatchNorm1d(64).requires_grad_(False), nn.Linear(64, 3))
         self.frozen.requires_grad_(False)
         self.modes = []
 
     def forward(self, pixel_values):
-        self.modes.append((self.frozen[1].training, self.frozen[2].training, self.dropout.training))
+        modules = (self.frozen[1], self.frozen[2], self.head[0], self.head, self.dropout)
+        self.modes.append([module.training for module in modules])
         return type("Outputs", (), {"logits": self.head(self.dropout(self.frozen(pixel_values).flatten(1)))})()
 
 
@@ -300,7 +302,7 @@ def test_frozen_layers_drop_nothing_and_keep_their_statistics(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.model = model = Watcher(trainer.model.config).train()
     trainer.compute_loss(model, next(iter(trainer.get_train_dataloader())))
-    assert model.modes == [(False, False, True)], "but what has no parameters is not frozen"
+    assert model.modes == [[False, False, False, True, True]], "but what has no parameters is not frozen"
 
 
 def test_a_linear_probe_leaves_the_encoder_alone(tmp_path):

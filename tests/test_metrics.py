@@ -457,8 +457,9 @@ def test_rows_of_the_picture_are_true_classes(tmp_path):
     assert {"true class", "predicted class"} <= {text for text, *_ in texts}
 
 
-@pytest.mark.parametrize("size, has_counts, has_names", [(2, True, True), (100, False, True), (101, False, False)])
-def test_pictures_of_few_and_many_classes(tmp_path, size, has_counts, has_names):
+@pytest.mark.parametrize("size, has_counts, has_names", [(2, True, True), (22, False, True), (23, False, False)])
+def test_pictures_of_few_and_many_classes(tmp_path, monkeypatch, size, has_counts, has_names):
+    monkeypatch.setattr(metrics_module, "MOST_CLASSES_WITH_NAMES", 22)
     matrix = np.full((size, size), 777)
     matrix[0] = 0
     save_confusion_matrix(matrix, [f"name {number}" for number in range(size)], tmp_path / "picture.svg")

@@ -54,7 +54,7 @@ def parse_rand_augment(text: str) -> RandAugmentSettings:
     """Settings of RandAugment from timm's notation, such as "m9-n2-mstd0.5-inc1" or "rand-m9-n2-mstd0.5-inc1".
 
     m = magnitude, n = operations for each image, mstd = standard deviation of the magnitude, p = probability of an
-    operation, inc1 = severity increases with the magnitude (the only kind there is, so it must be there).
+    operation, inc1 = severity increases with the magnitude (there is no other, so it must be there).
 
     Raises:
         `ValueError`: for other parts, parts given twice, numbers out of range, or without inc1.
@@ -344,11 +344,11 @@ class Mixing(nn.Module):
 
     Args:
         num_labels: number of classes.
-        mixup_alpha, cutmix_alpha: parameter of the Beta distributions; 0 turns that kind off.
-        switch_probability: of cutmix, where both kinds are on.
+        mixup_alpha, cutmix_alpha: parameter of the Beta distributions; 0 turns it off.
+        switch_probability: of cutmix, where both are on.
 
     Raises:
-        `ValueError`: for values out of range, or both kinds off.
+        `ValueError`: for values out of range, or both off.
     """
 
     def __init__(self, num_labels: int, mixup_alpha: float, cutmix_alpha: float, switch_probability: float = 0.5):

@@ -104,11 +104,13 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _keep_frozen_layers_in_evaluation_mode(self) -> None:
-        # A frozen encoder drops no path and keeps its statistics; a child without parameters is not frozen.
-        for child in self.model.children():
-            parameters = list(child.parameters())
+        # A frozen encoder drops no path and keeps its statistics; what has no parameters is not frozen.
+        if all(parameter.requires_grad for parameter in self.model.parameters()):
+            return
+        for module in self.model.modules():
+            parameters = list(module.parameters())
             if parameters and not any(parameter.requires_grad for parameter in parameters):
-                child.eval()
+                module.eval()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """No loss, but logits, which images were readable, and labels of an evaluation batch."""
