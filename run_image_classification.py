@@ -18,13 +18,13 @@ import sys
 from dataclasses import dataclass, field
 
 import datasets
-from transformers import AutoModelForImageClassification, set_seed
+from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from modeling_greenmim import GreenMIMConfig, GreenMIMForImageClassification
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 from training_greenmim.classification.metrics import load_metrics
 from training_greenmim.classification.models import (
-    center_cropped,
+    as_evaluated,
     class_names,
     image_height_and_width,
     load_classifier,
@@ -77,7 +77,9 @@ class ModelArguments:
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Replace a head that was trained for other classes."}
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention: sdpa or eager."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention: sdpa or eager; default: sdpa where the architecture has it."}
+    )
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -218,21 +220,16 @@ def build_model(model_args: ModelArguments, names: list[str] | None) -> tuple:
     else:
         # A frozen encoder drops nothing.
         drop_path_rate = model_args.drop_path_rate if model_args.mode == "finetune" else 0.0
-        # Probes replace the head.
-        ignore_mismatched_sizes = model_args.ignore_mismatched_sizes or model_args.mode != "finetune"
-        model, image_processor, has_own_head = load_classifier(
+        model = load_classifier(
             model_args.model_name_or_path,
             names,
-            drop_path_rate,
             overrides,
-            model_args.attn_implementation,
-            ignore_mismatched_sizes,
+            drop_path_rate,
+            # Probes replace the head.
+            ignore_mismatched_sizes=model_args.ignore_mismatched_sizes or model_args.mode != "finetune",
+            attn_implementation=model_args.attn_implementation,
         )
-        if names is None and not has_own_head:
-            raise ValueError(
-                f"`model_name_or_path` is {model_args.model_name_or_path!r}, which has no trained classifier: give"
-                " `do_train`, or `mode` knn."
-            )
+        image_processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path)
     if model_args.feature_stage is not None:
         if not isinstance(model, GreenMIMForImageClassification):
             raise ValueError(
@@ -311,7 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     learns = args.do_train or model_args.mode == "knn"
     names = labels.label_names(parts.train.records) if learns else None
     model, image_processor = build_model(model_args, names)
-    image_processor = center_cropped(image_processor, model.config, args.crop_pct)
+    image_processor = as_evaluated(image_processor, model.config, args.crop_pct)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     parts.number_as(names, "`train_dir`" if learns else "the model")
     images = build_datasets(parts, args, model.config, image_processor)

@@ -34,7 +34,7 @@ from training_greenmim.pretraining.trainer import MIMTrainer
 from training_greenmim.runs.arguments import MIMTrainingArguments, parse_arguments
 from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
-from training_greenmim.runs.models import MODEL_SIZES, build_config
+from training_greenmim.runs.models import MODEL_SIZES, build_config, from_pretrained
 
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def build_model(model_args: ModelArguments) -> tuple:
     attention = model_args.attn_implementation
     if model_args.model_name_or_path:
         name = model_args.model_name_or_path
-        model = GreenMIMForPreTraining.from_pretrained(name, attn_implementation=attention)
+        model, _ = from_pretrained(GreenMIMForPreTraining, name, attn_implementation=attention)
         return model, AutoImageProcessor.from_pretrained(name)
     config = build_config(model_args.config_name or "base", model_args.config_overrides)
     model = AutoModelForPreTraining.from_config(config, attn_implementation=attention)

@@ -4,8 +4,35 @@
 Each entry has a canary in tests/test_compat.py that says what changed when a new version breaks it.
 """
 
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import evaluate
+from transformers import Trainer
+
 
 # transformers
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keeps `from_pretrained` from logging its table of weights that are new or not used."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return " LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def make_next_training_create_a_scheduler(trainer: Trainer) -> None:
+    """Tells a trainer that its schedule is of its own making, so that a second `train` begins with a new one."""
+    trainer._created_lr_scheduler = True
 
 
 # accelerate
@@ -15,6 +42,22 @@ Each entry has a canary in tests/test_compat.py that says what changed when a ne
 
 
 # evaluate
+
+
+def evaluate_endpoint() -> str:
+    """Address of the Hub that `evaluate` asks for metrics."""
+    return evaluate.config.HF_ENDPOINT
+
+
+@contextlib.contextmanager
+def evaluate_offline() -> Iterator[None]:
+    """Makes `evaluate` look into its cache only."""
+    before = evaluate.config.HF_EVALUATE_OFFLINE
+    evaluate.config.HF_EVALUATE_OFFLINE = True
+    try:
+        yield
+    finally:
+        evaluate.config.HF_EVALUATE_OFFLINE = before
 
 
 # kornia

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 import transformers
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
 from .energy import check_country
 
@@ -187,11 +187,32 @@ class ClassificationTrainingArguments(ImageTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self._check_ranges()
+        self._check_schedule()
         if (self.mixup or self.cutmix) and self.per_device_train_batch_size == 1:
             raise ValueError(
                 "`per_device_train_batch_size` is 1, but `mixup` and `cutmix` mix images of a batch; two or more are"
                 " needed, or --mixup 0 --cutmix 0."
             )
+
+    def _check_schedule(self):
+        # The cosine here is GreenMIM's own, the others are Transformers'.
+        schedule = self.lr_scheduler_type
+        is_cosine = schedule == SchedulerType.COSINE
+        without_warmup = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+        given = {
+            "min_learning_rate": not is_cosine,
+            "warmup_learning_rate": not is_cosine,
+            "warmup_steps": schedule in without_warmup,
+            "lr_scheduler_kwargs": is_cosine,
+        }
+        for name, is_ignored in given.items():
+            value = getattr(self, name)
+            if is_ignored and value:
+                nothing = "''" if name == "lr_scheduler_kwargs" else "0"
+                raise ValueError(
+                    f"`{name}` is {value}, but `lr_scheduler_type` is {schedule.value!r}, which has none: give"
+                    f" --{name} {nothing}, or another schedule."
+                )
 
     def _check_ranges(self):
         at_most_1 = ("random_erasing", "mixup_switch_probability", "label_smoothing_factor")

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ..data.image_dataset import EpochShuffle, ImageDataset, collate, collate_and_report
+from ..data.scaling import scaling_of
 from ..data.streams import ImageStream
 from ..optimization import no_decay_parameters
 from ..randomness import MODEL, derived_seed
@@ -81,7 +82,7 @@ class ImageTrainer(Trainer):
     workers from (seed, epoch, sample): a run that was killed and resumed goes on exactly as if it had not been.
 
     Args:
-        image_processor: its mean and standard deviation normalise images; it is saved beside the model.
+        image_processor: images are scaled as it does (`scaling_of`); it is saved beside the model.
         facts: what the model card tells of the run; None = no card.
         kwargs: those of `Trainer`.
     """
@@ -89,9 +90,10 @@ class ImageTrainer(Trainer):
     def __init__(self, *args, image_processor, facts: RunFacts | None = None, **kwargs):
         self.facts = facts
         super().__init__(*args, data_collator=collate, processing_class=image_processor, **kwargs)
+        channels = getattr(self.model.config, "num_channels", 3)
         # On the device once, not in every step.
-        statistics = torch.tensor([image_processor.image_mean, image_processor.image_std], device=self.args.device)
-        self.image_mean, self.image_std = statistics[..., None, None]
+        self.scaling = scaling_of(image_processor, channels).to(self.args.device)
+        self.image_mean, self.image_std = self.scaling.mean, self.scaling.std
         self.train_collator = collate
         self.unreadable: set[str] = set()
         self.throughput = _ThroughputCallback()
@@ -183,8 +185,8 @@ class ImageTrainer(Trainer):
         return [name for name, _ in model.named_parameters() if name not in kept]
 
     def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """uint8 images -> normalised float images, on their device."""
-        return (pixel_values / 255 - self.image_mean) / self.image_std
+        """uint8 images -> float images as the image processor makes them, on their device."""
+        return self.scaling(pixel_values / 255)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A micro-batch, with every random draw on the device derived from where the run stands."""
