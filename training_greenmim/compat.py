@@ -4,6 +4,8 @@
 Each entry has a canary in tests/test_compat.py that says what changed when a new version breaks it.
 """
 
+import datasets
+
 
 # transformers
 
@@ -12,6 +14,16 @@ Each entry has a canary in tests/test_compat.py that says what changed when a ne
 
 
 # datasets
+
+
+def datasets_fingerprint(records: datasets.Dataset) -> str:
+    """What `datasets` calls the state of a data set by in its cache: the same in each run that makes it alike."""
+    return records._fingerprint
+
+
+def datasets_cache_folder() -> str:
+    """Folder of the files that `datasets` keeps; the environment's HF_DATASETS_CACHE sets it."""
+    return str(datasets.config.HF_DATASETS_CACHE)
 
 
 # evaluate
