@@ -153,7 +153,7 @@ def test_one_line_says_what_is_found_and_what_is_left_out_and_why(tmp_path, capl
     assert "5 files left out (no image format that this Pillow reads): 2 .heic, " in line
     assert all(part in line for part in ("1 .npy", "1 .mpg", "1 without suffix"))
     assert "3 files left out (hidden): 2 folder, 1 .png" in line
-    assert "1 files left out (links that lead nowhere): 1 .png" in line
+    assert "1 file left out (links that lead nowhere): 1 .png" in line
     assert not messages(caplog), "no warning"
 
 
@@ -183,7 +183,7 @@ def test_folders_that_cannot_be_read_are_named_in_a_warning(tmp_path, caplog, mo
     write_images(tmp_path / "closed", 2)
     refuse(monkeypatch, tmp_path / "closed")
     assert "2 images found" in log_of(caplog, tmp_path)
-    assert f"1 folders cannot be read: {tmp_path / 'closed'} (Permission denied)" in messages(caplog)
+    assert f"1 folder cannot be read: {tmp_path / 'closed'} (Permission denied)" in messages(caplog)
 
 
 def test_a_folder_that_cannot_be_read_at_all_is_refused_as_such(tmp_path, monkeypatch):

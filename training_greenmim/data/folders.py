@@ -43,7 +43,7 @@ def find_images(folder: str, argument: str) -> list[str]:
     if not search.paths:
         raise ValueError(f"`{argument}` is {folder!r}, which holds no image file{rest}.")
     log = logger.warning if search.unreadable_folders else logger.info
-    log(f"`{argument}` is {folder!r}: {len(search.paths)} images found{rest}.")
+    log(f"`{argument}` is {folder!r}: {_counted(len(search.paths), 'image')} found{rest}.")
     return sorted(search.paths)
 
 
@@ -83,11 +83,10 @@ class _Search:
         texts = []
         for reason, suffixes in self.left_out.items():
             numbers = ", ".join(f"{number} {suffix}" for suffix, number in suffixes.most_common())
-            texts.append(f"{suffixes.total()} files left out ({reason}): {numbers}")
+            texts.append(f"{_counted(suffixes.total(), 'file')} left out ({reason}): {numbers}")
         if self.unreadable_folders:
-            texts.append(
-                f"{len(self.unreadable_folders)} folders cannot be read: {', '.join(self.unreadable_folders)}"
-            )
+            number = _counted(len(self.unreadable_folders), "folder")
+            texts.append(f"{number} cannot be read: {', '.join(self.unreadable_folders)}")
         return texts
 
     def _visit(self, folder: str) -> None:
@@ -136,6 +135,10 @@ class _Search:
         else:
             linked.add(real)
             self._add(path, os.stat(real).st_ino)
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def _suffix(path: str) -> str:
