@@ -34,8 +34,15 @@ from training_greenmim.classification.recipes import HELP, recipe_defaults
 from training_greenmim.classification.trainer import ClassificationTrainer
 from training_greenmim.data import labels
 from training_greenmim.data.image_dataset import EveryImage, ImageDataset
-from training_greenmim.data.labels import LabelledData, Part
-from training_greenmim.data.readers import check_first_readable, decoded_once, elpv, load_folder
+from training_greenmim.data.labels import LabelledData
+from training_greenmim.data.readers import (
+    Part,
+    check_first_readable,
+    decoded_once,
+    elpv,
+    load_class_folders,
+    load_folder,
+)
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
 from training_greenmim.runs.arguments import ClassificationTrainingArguments, parse_arguments
 from training_greenmim.runs.card import describe_run
@@ -152,9 +159,9 @@ def load_data(data: DataArguments, args: ClassificationTrainingArguments) -> Lab
                 setattr(parts, name, Part(records, "dataset_name"))
     elif data.train_dir or data.validation_dir or data.test_dir:
         if data.train_dir:
-            parts.train = Part(labels.load_class_folders(data.train_dir, "train_dir"), "train_dir")
+            parts.train = Part(load_class_folders(data.train_dir, "train_dir"), "train_dir")
         if data.validation_dir:
-            folder = labels.load_class_folders(data.validation_dir, "validation_dir")
+            folder = load_class_folders(data.validation_dir, "validation_dir")
             parts.validation = Part(folder, "validation_dir")
     else:
         parts.train, parts.validation = (Part(labels.prepare(part, "dataset_name"), "dataset_name") for part in elpv())
@@ -299,12 +306,14 @@ def main(argv: list[str] | None = None) -> None:
     parts = load_data(data_args, args)
     check_data(parts, args, model_args.mode)
     if parts.train is not None:
-        parts.train.records = labels.draw(
+        parts.train.records = labels.stratified_subset(
             parts.train.records, data_args.max_train_samples, args.seed, "max_train_samples"
         )
     if parts.validation is not None:
         count = data_args.max_eval_samples
-        parts.validation.records = labels.draw(parts.validation.records, count, args.seed, "max_eval_samples")
+        parts.validation.records = labels.stratified_subset(
+            parts.validation.records, count, args.seed, "max_eval_samples"
+        )
     learns = args.do_train or model_args.mode == "knn"
     names = labels.label_names(parts.train.records) if learns else None
     model, image_processor = build_model(model_args, names)

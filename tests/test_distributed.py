@@ -43,8 +43,8 @@ import run_mim
 from training_greenmim import pretraining
 
 class SharedMask(pretraining.MaskedCollator):
-    def generator(self, place):
-        epoch, position = place
+    def generator(self, sample_key):
+        epoch, position = sample_key
         return super().generator((epoch, position // {GLOBAL_BATCH}))
 
 class Recording(pretraining.MIMTrainer):

@@ -8,6 +8,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 
+import datasets
 import evaluate
 from transformers import Trainer
 
@@ -39,6 +40,16 @@ def make_next_training_create_a_scheduler(trainer: Trainer) -> None:
 
 
 # datasets
+
+
+def datasets_fingerprint(records: datasets.Dataset) -> str:
+    """What `datasets` calls the state of a data set by in its cache: the same in each run that makes it alike."""
+    return records._fingerprint
+
+
+def datasets_cache_folder() -> str:
+    """Folder of the files that `datasets` keeps; the environment's HF_DATASETS_CACHE sets it."""
+    return str(datasets.config.HF_DATASETS_CACHE)
 
 
 # evaluate
