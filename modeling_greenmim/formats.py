@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .layout import token_places
+from .layout import token_raster_index as token_places
 from .modeling_greenmim import GreenMIMModel
 from .resizing import BIAS_TABLE
 
