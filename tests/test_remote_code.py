@@ -19,8 +19,9 @@ from tests.oracle import tiny_config
 
 
 CODE = [
-    *("attention.py", "configuration_greenmim.py", "decoder.py", "grouping.py", "layout.py", "masking.py"),
-    *("modeling_greenmim.py", "resizing.py", "swin.py", "twins.py"),
+    *("attention.py", "blocks.py", "compat.py", "configuration_greenmim.py", "decoder.py", "encoders.py"),
+    *("layout.py", "masking.py", "modeling_greenmim.py", "packing.py", "planning.py", "plans.py", "resizing.py"),
+    *("swin.py", "targets.py", "twins.py"),
 ]
 PROCESSOR_CODE = ["image_processing_greenmim.py", "pixels.py"]
 # The project may be installed for development: its packages are hidden from this interpreter.
