@@ -38,14 +38,14 @@ class ImageDataset(torch.utils.data.Dataset):
 
         Returns:
             `pixel_values`, uint8 `(channels, height, width)`, `unreadable`, a list of messages, `labels`, a class
-            number, where there is a label column, and, for a key, `place`: its epoch and position.
+            number, where there is a label column, and, for a key, `sample_key`: its epoch and position.
 
         Raises:
             `IndexError`: past the end.
             `UnreadableImageError`: when no image of the data set can be read.
         """
         epoch, position, first, *repetition = key if isinstance(key, tuple) else (0, None, key)
-        place = {} if position is None else {"place": (epoch, position)}
+        place = {} if position is None else {"sample_key": (epoch, position)}
         if first >= len(self):
             raise IndexError(first)
         unreadable = []

@@ -64,5 +64,5 @@ class ImageStream(torch.utils.data.IterableDataset):
             except UnreadableImageError as error:
                 unreadable.append(str(error))
                 continue
-            yield {"pixel_values": pixel_values, "place": place, "unreadable": unreadable}
+            yield {"pixel_values": pixel_values, "sample_key": place, "unreadable": unreadable}
             unreadable = []
