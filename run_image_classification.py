@@ -47,6 +47,7 @@ from training_greenmim.data.transforms import EvalTransform, TrainTransform
 from training_greenmim.runs.arguments import ClassificationTrainingArguments, parse_arguments
 from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
+from training_greenmim.runs.lock import locked_output
 from training_greenmim.runs.models import MODEL_SIZES, build_config, parse_overrides
 
 
@@ -300,6 +301,14 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(kinds, argv, recipe_defaults)
     check_work(model_args, args)
     args.set_up_logging()
+    with locked_output(args):
+        run(model_args, data_args, args, argv)
+
+
+def run(
+    model_args: ModelArguments, data_args: DataArguments, args: ClassificationTrainingArguments, argv: list[str]
+) -> None:
+    """Trains, evaluates, predicts and writes what came of it."""
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
 
@@ -339,10 +348,13 @@ def main(argv: list[str] | None = None) -> None:
             data_args.dataset_name,
             data_args.train_dir or data_args.validation_dir or data_args.test_dir,
             elpv_labels="A cell counts as defective when the probability of a defect is at least 0.5. ",
+            arguments=(model_args, data_args),
         ),
     )
     if model_args.mode == "knn":
         use_neighbours(trainer, images["bank"], model_args.knn_k, model_args.knn_temperature)
+    if checkpoint and not args.do_train:
+        trainer.load_checkpoint(checkpoint)
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.log_metrics("train", metrics)

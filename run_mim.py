@@ -34,6 +34,7 @@ from training_greenmim.pretraining.trainer import MIMTrainer
 from training_greenmim.runs.arguments import MIMTrainingArguments, parse_arguments
 from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
+from training_greenmim.runs.lock import locked_output
 from training_greenmim.runs.models import MODEL_SIZES, build_config, from_pretrained
 
 
@@ -196,6 +197,12 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.do_train or args.do_eval):
         raise ValueError("Nothing to do: give `do_train`, `do_eval` or both.")
     args.set_up_logging()
+    with locked_output(args):
+        run(model_args, data_args, args, argv)
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: MIMTrainingArguments, argv: list[str]) -> None:
+    """Trains, evaluates and writes what came of it."""
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
     model, image_processor = build_model(model_args)
@@ -212,9 +219,12 @@ def main(argv: list[str] | None = None) -> None:
             {"training": train_dataset, "evaluation": eval_dataset},
             data_args.dataset_name,
             data_args.train_dir,
+            arguments=(model_args, data_args),
         ),
     )
 
+    if checkpoint and not args.do_train:
+        trainer.load_checkpoint(checkpoint)
     if args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.save_model()

@@ -19,8 +19,8 @@ def plan_from_noise(config: GreenMIMConfig, noise: torch.Tensor, static: bool = 
 class MaskedCollator:
     """Joins training samples to a batch, draws its mask or masks and plans them; it runs in the loader's workers.
 
-    Masks are derived from the seed and the key of a sample in the run, of the first one where a batch shares its
-    mask: so they differ between steps and processes, and the number of workers plays no part.
+    Masks are derived from the seed and the `sample_key` of a sample (where it stands in the run), of the first one
+    where a batch shares its mask: so they differ between steps and processes, whatever the number of workers.
 
     Args:
         config: of the model.

@@ -46,6 +46,14 @@ class ImageTrainingArguments(TrainingArguments):
     stop_on_nonfinite_loss: bool = field(
         default=True, metadata={"help": "Stop at the first loss that is not a finite number."}
     )
+    allow_changes: bool = field(
+        default=False,
+        metadata={"help": "Resume a run with other data, seed, model or recipe than it had; it is not exact then."},
+    )
+    logging_steps: float | None = field(
+        default=None,
+        metadata={"help": "Steps from one log to the next; default: 20 logs a run, but one every 10 s in long runs."},
+    )
     weight_decay: float = field(
         default=0.05, metadata={"help": "Weight decay, but of 1-D parameters, bias tables and tokens."}
     )
@@ -80,6 +88,9 @@ class ImageTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Data sets here have no unused columns."})
 
     def __post_init__(self):
+        self.chooses_logging_steps = self.logging_steps is None
+        if self.chooses_logging_steps:
+            self.logging_steps = 500  # the parent's default, and that of eval_steps
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = default_num_workers()
         if self.dataloader_num_workers == 0:
