@@ -1,13 +1,15 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Probes of a frozen encoder: linear classification and weighted k-nearest neighbours, on features of any stage."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from safetensors.torch import load_model
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel, Trainer
 
 from modeling_greenmim import GreenMIMConfig, GreenMIMForImageClassification
 
@@ -94,6 +96,25 @@ def folded_head(model) -> Iterator[None]:
         yield
     finally:
         model.classifier = head
+
+
+def load_probe(checkpoint: str, attn_implementation: str | None) -> PreTrainedModel:
+    """The classifier of a checkpoint that a linear probe wrote while it trained, its head folded.
+
+    Raises:
+        `ValueError`: when the checkpoint is of no linear probe.
+    """
+    config = AutoConfig.from_pretrained(checkpoint)
+    model = AutoModelForImageClassification.from_config(config, attn_implementation=attn_implementation)
+    freeze_encoder(model)
+    try:
+        load_model(model, os.path.join(checkpoint, "model.safetensors"))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"`resume_from_checkpoint` is {checkpoint!r}, which holds no linear probe (`mode` linear): {error}"
+        ) from error
+    fold_head(model)
+    return model
 
 
 class NeighbourHead(nn.Module):

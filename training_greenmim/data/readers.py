@@ -12,6 +12,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers.utils import logging
 
 from ..randomness import SHUFFLE, derived_generator
+from ..runs.extras import require
 from .images import UnreadableImageError, decode, read
 from .transforms import EvalTransform
 
@@ -32,7 +33,7 @@ def elpv() -> tuple[datasets.Dataset, datasets.Dataset]:
     Returns:
         Training and test part with columns `image` (undecoded) and `label`.
     """
-    folder = Path(str(importlib.resources.files("elpv_dataset"))) / "data"
+    folder = Path(str(importlib.resources.files(require("elpv_dataset", "elpv")))) / "data"
     lines = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
     labels = np.array([int(float(probability) >= 0.5) for _, probability, _ in lines])
     is_test = np.zeros(len(lines), dtype=bool)
