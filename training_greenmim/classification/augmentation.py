@@ -21,17 +21,6 @@ from torch import nn
 from ..data.scaling import PixelScaling
 
 
-# How augmentation here differs from timm's, for the help of the recipes.
-DEVIATIONS = (
-    "RandAugment rounds to 8 bits after an operation where Pillow's enhancements truncate."
-    " Its rotations, shears and translations are bicubic with torch's coefficient (-0.75 where Pillow has -0.5)."
-    " Posterizing keeps at least one bit."
-    " There are only the operations whose severity increases with the magnitude (inc1)."
-    " Colour jitter draws the order of its adjustments once a batch, not for each image."
-    " Random erasing draws the aspect ratio uniformly from [0.3, 1] or from [1, 1/0.3], with equal chances, instead of"
-    " log-uniformly, and clips a rectangle that is larger than the image instead of drawing again."
-)
-
 MAX_MAGNITUDE = 10.0
 
 

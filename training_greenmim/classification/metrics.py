@@ -9,13 +9,13 @@ from pathlib import Path
 
 import datasets
 import evaluate
-import matplotlib.figure
 import numpy as np
 import requests
 from huggingface_hub import is_offline_mode
 from transformers.utils import logging
 
 from ..compat import evaluate_endpoint, evaluate_offline
+from ..runs.extras import require
 
 
 logger = logging.get_logger(__name__)
@@ -229,6 +229,7 @@ def save_confusion_matrix(matrix: np.ndarray, label_names: list[str], path: str 
 
     Raises:
         `ValueError`: when matrix and names do not fit.
+        `MissingPackageError`: without matplotlib.
     """
     size = len(label_names)
     if matrix.shape != (size, size):
@@ -236,7 +237,7 @@ def save_confusion_matrix(matrix: np.ndarray, label_names: list[str], path: str 
             f"`matrix` has the shape {matrix.shape}, but `label_names` holds {size} names; ({size}, {size}) is right."
         )
     side = min(max(4.5, 0.6 * size), 11)
-    figure = matplotlib.figure.Figure(figsize=(side + 1.5, side + 0.5), layout="constrained")
+    figure = require("matplotlib.figure", "pictures").Figure(figsize=(side + 1.5, side + 0.5), layout="constrained")
     axes = figure.subplots()
     # A true class without samples has no shares.
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)

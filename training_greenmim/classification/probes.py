@@ -1,13 +1,16 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Probes of a frozen encoder: linear classification and weighted k-nearest neighbours, on features of any stage."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_model
 from torch import nn
 from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
 from modeling_greenmim import GreenMIMConfig, GreenMIMForImageClassification
@@ -123,6 +126,25 @@ def folded_head(model) -> Iterator[None]:
 
 def _probe_heads(model) -> list[tuple[str, ProbeHead]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, ProbeHead)]
+
+
+def load_probe(checkpoint: str, attn_implementation: str | None) -> PreTrainedModel:
+    """The classifier of a checkpoint that a linear probe wrote while it trained, its head folded.
+
+    Raises:
+        `ValueError`: when the checkpoint is of no linear probe.
+    """
+    config = AutoConfig.from_pretrained(checkpoint)
+    model = AutoModelForImageClassification.from_config(config, attn_implementation=attn_implementation)
+    freeze_encoder(model)
+    try:
+        load_model(model, os.path.join(checkpoint, "model.safetensors"))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"`resume_from_checkpoint` is {checkpoint!r}, which holds no linear probe (`mode` linear): {error}"
+        ) from error
+    fold_head(model)
+    return model
 
 
 class NeighbourHead(nn.Module):

@@ -15,8 +15,8 @@ from ..data.image_dataset import EpochShuffle
 from ..data.images import image_name
 from ..optimization import cosine_schedule, lars, parameter_groups
 from ..runs.card import write_classifier_card
+from ..runs.extras import is_installed, require
 from ..runs.trainer import ImageTrainer
-from .augmentation import BatchAugmentation, Mixing
 from .ema import EMACallback, EMATrainerMixin
 from .metrics import compute_metrics, confusion_matrix, save_confusion_matrix
 from .probes import folded_head
@@ -45,10 +45,17 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
         self.class_weights = None
         if class_weights is not None:
             self.class_weights = torch.tensor(class_weights, device=args.device)
-        self.augmentation = BatchAugmentation(args.rand_augment, args.color_jitter, args.random_erasing, self.scaling)
-        self.mixing = None
-        if args.mixup or args.cutmix:
-            self.mixing = Mixing(config.num_labels, args.mixup, args.cutmix, args.mixup_switch_probability)
+        self.augmentation, self.mixing = self.normalize, None
+        mixes = bool(args.mixup or args.cutmix)
+        if mixes or args.rand_augment or args.color_jitter or args.random_erasing:
+            require("kornia", "augmentation")
+            from .augmentation import BatchAugmentation, Mixing  # here, for other runs do without kornia
+
+            self.augmentation = BatchAugmentation(
+                args.rand_augment, args.color_jitter, args.random_erasing, self.scaling
+            )
+            if mixes:
+                self.mixing = Mixing(config.num_labels, args.mixup, args.cutmix, args.mixup_switch_probability)
         if args.ema_decay is not None:
             self.add_callback(EMACallback(args.ema_decay))
 
@@ -147,7 +154,8 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
         if self.args.world_size > 1:
             self._share_batch_statistics()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if output.label_ids is not None and self.compute_metrics is not None and self.is_world_process_zero():
+        draws = is_installed("matplotlib") and self.is_world_process_zero()
+        if output.label_ids is not None and self.compute_metrics is not None and draws:
             path = os.path.join(self.args.output_dir, f"{metric_key_prefix}_confusion_matrix.png")
             os.makedirs(self.args.output_dir, exist_ok=True)
             logits, readable = output.predictions

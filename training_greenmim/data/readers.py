@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..compat import datasets_cache_folder, datasets_fingerprint
 from ..randomness import SHUFFLE, derived_generator
+from ..runs.extras import require
 from .folders import find_images
 from .images import UnreadableImageError, decode, is_address, load_image
 from .transforms import EvalTransform
@@ -150,7 +151,7 @@ def elpv() -> tuple[datasets.Dataset, datasets.Dataset]:
     Returns:
         Training and test part with columns `image` (undecoded) and `label`.
     """
-    folder = Path(str(importlib.resources.files("elpv_dataset"))) / "data"
+    folder = Path(str(importlib.resources.files(require("elpv_dataset", "elpv")))) / "data"
     lines = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
     labels = np.array([int(float(probability) >= 0.5) for _, probability, _ in lines])
     is_test = np.zeros(len(lines), dtype=bool)
