@@ -76,7 +76,7 @@ class GreenMIMPatchEmbeddings(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, visible_units: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        """`(batch, channels, height, width)` -> `(batch, num_tokens, embed_dim)` in nested order, computed in `dtype`."""
+        """`(batch, channels, height, width)` -> `(batch, num_tokens, embed_dim)` in nested order, from `dtype`."""
         return self.projection(nested_patches(pixel_values, self.unit, self.patch_size, visible_units).to(dtype))
 
 
@@ -133,8 +133,8 @@ class EncoderOutput:
     Attributes:
         stage_inputs: what each stage starts from (the first: the embeddings), `(batch, num_tokens, width)`.
         stage_outputs: what each stage ends with, before merging.
-        attentions: each stage's weights of its last block, `(batch, heads, num_tokens, num_tokens)`, in raster order; None
-            where they are not asked for, empty where nothing keeps them.
+        attentions: each stage's weights of its last block, `(batch, heads, num_tokens, num_tokens)`, in raster order;
+            None where they are not asked for, empty where nothing keeps them.
     """
 
     stage_inputs: tuple[torch.Tensor, ...]
