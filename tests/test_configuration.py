@@ -265,16 +265,16 @@ LISTS = [[], [0], [1], [2], [1, 1], [1, 2], (2, 1), [2, 2, 2], [1, -1], [1.5], "
 # Values of each argument, sensible ones and others; what is not listed keeps to a tiny model.
 HOSTILE = {
     "image_size": [*INTEGERS, 32, 48, 33, (32, 16), [16, 48], [16], (8, 8, 8), [], "32", None, -16, 16.0],
-    **dict.fromkeys(("patch_size", "num_channels", "embed_dim", "window_size"), [*INTEGERS, 2.0, "2", None, True]),
+    **{key: [*INTEGERS, 2.0, "2", None, True] for key in ("patch_size", "num_channels", "embed_dim", "window_size")},
     **dict.fromkeys(("depths", "num_heads"), LISTS),
-    **dict.fromkeys(NUMBERS, [*REALS, 1e30, "0.5", None]),
+    **{key: [*REALS, 1e30, "0.5", None] for key in NUMBERS},
     "mlp_ratio": [*REALS, "2", None],  # no 1e30: how much memory there is no configuration knows
     "backbone_type": ["swin", "twins", "vit", "", None, 1],
     "reconstruction_target": ["pixels", "hog", None],
     "hidden_act": ["gelu", "relu", "silu", "tanh", "nothing", None],
-    **dict.fromkeys(("norm_pix_loss", "qkv_bias"), [True, False, "yes", None, 1]),
-    **dict.fromkeys(("decoder_hidden_size", "decoder_intermediate_size"), [*INTEGERS, 12, 2.5, None]),
-    **dict.fromkeys(("decoder_num_hidden_layers", "decoder_num_attention_heads"), [*INTEGERS[:6], "1"]),
+    **{key: [True, False, "yes", None, 1] for key in ("norm_pix_loss", "qkv_bias")},
+    **{key: [*INTEGERS, 12, 2.5, None] for key in ("decoder_hidden_size", "decoder_intermediate_size")},
+    **{key: [*INTEGERS[:6], "1"] for key in ("decoder_num_hidden_layers", "decoder_num_attention_heads")},
     "hidden_size": [*INTEGERS, None],
     "num_hidden_layers": [*INTEGERS, None],
     "out_features": [["stem"], ["stage1"], ["stage9"], [], "stem"],
