@@ -661,7 +661,7 @@ RANK_SCRIPT = """
 import json, sys
 from pathlib import Path
 import run_mim
-from training_greenmim.pretraining import MIMTrainer
+from training_greenmim.pretraining.trainer import MIMTrainer
 
 class Recording(MIMTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
