@@ -147,7 +147,7 @@ def test_a_killed_process_ends_the_launch_and_nothing_is_lost(script):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-# run_mim.py as on a GPU, where a broken loss is looked for at logs and checkpoints; one process's loss breaks in step 3.
+# run_mim.py as on a GPU, which looks for broken losses at logs and checkpoints; one process's breaks in step 3.
 ONE_BROKEN = """
 import os, sys
 import run_mim
