@@ -26,6 +26,7 @@ from transformers.utils import TransformersKwargs
 
 from modeling_greenmim import GreenMIMConfig, GreenMIMModel
 from tests.oracle import tiny_config
+from tests.test_trainer import make_trainer
 from training_greenmim.compat import (
     datasets_cache_folder,
     datasets_fingerprint,
@@ -34,9 +35,6 @@ from training_greenmim.compat import (
     make_next_training_create_a_scheduler,
     without_load_report,
 )
-from transformers import Trainer
-
-from tests.test_trainer import make_trainer
 
 
 # transformers
@@ -114,6 +112,9 @@ def test_a_conversion_is_called_for_each_weight_and_kept_for_saving(tmp_path):
 def test_arguments_of_any_model_are_listed():
     assert {"num_items_in_batch", "output_attentions"} <= set(TransformersKwargs.__annotations__), (
         "transformers.utils.TransformersKwargs no longer lists what is passed to any model: modeling_greenmim.py"
+    )
+
+
 def test_trainers_checkpoints_hold_the_files_that_ours_do(tmp_path):
     changes = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     trainer = make_trainer(tmp_path / "run", **changes)

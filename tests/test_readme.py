@@ -3,8 +3,8 @@
 Blocks of a page run in order, in one working directory, where `photos`, `train`, `validation`, `photo.jpg`,
 `outputs/photos` (pre-trained) and `outputs/classifier` are small made ones. Commands of the scripts run in this
 process, as typed but for a tiny model and two steps (`TINY`); Python runs as it is. A name of the Hub is a local
-folder here. In a command, `...` stands for the flags of the page's command before it. A block of YAML whose first line is
-`# name.yaml` is written to that file. Commands that a test cannot run are those of `CHECKS`, where it says what is
+folder here. In a command, `...` stands for the flags of the page's command before it. A block of YAML whose first line
+is `# name.yaml` is written to that file. Commands that a test cannot run are those of `CHECKS`, where it says what is
 checked instead; any other command fails.
 """
 
