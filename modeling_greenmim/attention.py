@@ -7,8 +7,8 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_greenmim import GreenMIMConfig
-from .grouping import GroupPlan
 from .layout import move_tokens, take_tokens
+from .plans import GroupPlan
 
 
 def eager_attention_forward(
@@ -72,7 +72,7 @@ class GreenMIMWindowAttention(nn.Module):
         table = nn.Parameter(torch.zeros(self.table_size, num_heads)) if position_bias else None
         self.register_parameter("relative_position_bias_table", table)
 
-    def initialize_weights(self):
+    def draw_weights(self):
         """Draws the bias table, if there is one, from a truncated normal distribution."""
         if self.relative_position_bias_table is not None:
             init.trunc_normal_(self.relative_position_bias_table, std=self.config.initializer_range)
@@ -122,12 +122,12 @@ class GreenMIMWindowAttention(nn.Module):
         return bias.transpose(0, 1).flatten(1, 2)
 
 
-def raster_attention_weights(weights: torch.Tensor, plan: GroupPlan, raster: torch.Tensor) -> torch.Tensor:
+def raster_attention_weights(weights: torch.Tensor, plan: GroupPlan, raster_order: torch.Tensor) -> torch.Tensor:
     """Attention weights between tokens in raster order, 0 across windows.
 
     Args:
         weights: `(batch, heads * groups, slots, slots)` as the attention returns them.
-        raster: raster order of the tokens, `StagePlan.raster`.
+        raster_order: `StagePlan.raster_order` of the tokens.
 
     Returns:
         `(batch, heads, num_tokens, num_tokens)`.
@@ -135,7 +135,7 @@ def raster_attention_weights(weights: torch.Tensor, plan: GroupPlan, raster: tor
     num_groups, num_slots = plan.bias_index.shape[1], plan.num_slots
     blocks = weights.unflatten(1, (-1, num_groups)).permute(0, 1, 3, 4, 2)
     pairs = torch.diag_embed(blocks, dim1=2, dim2=4).flatten(4, 5).flatten(2, 3)
-    slots = raster if plan.slot_of_token is None else plan.slot_of_token.flatten()[raster]
+    slots = raster_order if plan.slot_of_token is None else plan.slot_of_token.flatten()[raster_order]
     slots = slots % num_slots  # counted in each plan, not through all
     pairs = torch.take_along_dim(pairs, slots[:, None, :, None], dim=2)
     return torch.take_along_dim(pairs, slots[:, None, None, :], dim=3)

@@ -1,8 +1,34 @@
 """Canaries: each fails, saying what changed, when a new version of a library breaks what compat.py relies on."""
 
-from transformers import Trainer
+import inspect
+import logging
+
+import datasets
+import evaluate
+import numpy as np
+import pytest
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import (
+    ImageClassificationPipeline,
+    ImageFeatureExtractionPipeline,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+from transformers.image_utils import load_image
 
 from tests.test_trainer import make_trainer
+from training_greenmim.compat import (
+    datasets_cache_folder,
+    datasets_fingerprint,
+    evaluate_endpoint,
+    evaluate_offline,
+    make_next_training_create_a_scheduler,
+    without_load_report,
+)
 
 
 # transformers
@@ -27,13 +53,82 @@ def test_trainers_checkpoints_hold_the_files_that_ours_do(tmp_path):
     )
 
 
+def test_report_of_loading_is_still_logged_by_that_name(tmp_path, caplog):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    ViTModel(ViTConfig(image_size=8, patch_size=8, **sizes)).save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        ViTForImageClassification.from_pretrained(tmp_path)
+    message = "transformers no longer logs ' LOAD REPORT' from transformers.modeling_utils: see without_load_report"
+    assert "transformers.modeling_utils" in {r.name for r in caplog.records if " LOAD REPORT" in r.message}, message
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), without_load_report():
+        ViTForImageClassification.from_pretrained(tmp_path)
+    assert "LOAD REPORT" not in caplog.text, message
+
+
+class Nothing(Dataset):
+    def __len__(self):
+        return 0
+
+
+def test_trainer_still_asks_who_made_its_schedule(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = ViTForImageClassification(ViTConfig(image_size=8, patch_size=8, **sizes))
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), train_dataset=Nothing())
+    message = "Trainer no longer keeps `_created_lr_scheduler`: see make_next_training_create_a_scheduler"
+    assert trainer._created_lr_scheduler is False, message
+    trainer.create_optimizer_and_scheduler(3)
+    assert trainer._created_lr_scheduler is True, message
+    trainer._created_lr_scheduler = False
+    make_next_training_create_a_scheduler(trainer)
+    assert trainer._created_lr_scheduler is True, message
+
+
+def test_pipelines_convert_images_to_rgb_before_the_image_processor():
+    """Or else images of 16 bits need no `open_image` before a pipeline any more."""
+    sixteen_bits = Image.fromarray(np.full((8, 8), 0x1234, dtype=np.uint16))
+    assert np.asarray(load_image(sixteen_bits)).tolist() == np.full((8, 8, 3), 255).tolist(), "no longer turned white"
+    for pipe in (ImageClassificationPipeline, ImageFeatureExtractionPipeline):
+        assert "load_image(" in inspect.getsource(pipe.preprocess), f"{pipe.__name__} opens images in another way"
+
+
 # accelerate
 
 
 # datasets
 
 
+def test_datasets_know_alike_data_sets_by_a_fingerprint():
+    first, again, other = (datasets.Dataset.from_dict({"number": numbers}) for numbers in ([1, 2], [1, 2], [1, 3]))
+    assert datasets_fingerprint(first) == datasets_fingerprint(again), "alike data sets have different fingerprints"
+    assert datasets_fingerprint(first) != datasets_fingerprint(other), "different data sets have one fingerprint"
+    assert datasets_fingerprint(first.select([0])) != datasets_fingerprint(first.select([1]))
+
+
+def test_datasets_keep_their_files_where_their_configuration_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    assert datasets_cache_folder() == str(tmp_path)
+    write_csv = tmp_path / "numbers.csv"
+    write_csv.write_text("number\n1\n")
+    records = datasets.load_dataset("csv", data_files=str(write_csv), split="train")
+    file = records.cache_files[0]["filename"]
+    assert file.startswith(str(tmp_path)), "HF_DATASETS_CACHE is not where files lie"
+
+
 # evaluate
+
+
+def test_evaluate_is_still_told_by_its_config():
+    message = "evaluate.config no longer has HF_ENDPOINT and HF_EVALUATE_OFFLINE: see evaluate_offline"
+    assert evaluate_endpoint() == evaluate.config.HF_ENDPOINT, message
+    before = evaluate.config.HF_EVALUATE_OFFLINE
+    with pytest.raises(KeyError), evaluate_offline():
+        assert evaluate.config.HF_EVALUATE_OFFLINE is True, message
+        # Offline it knows the Hub's metrics from its cache only.
+        with pytest.raises(FileNotFoundError):
+            evaluate.load("nobody/no-such-metric", module_type="metric")
+        raise KeyError
+    assert evaluate.config.HF_EVALUATE_OFFLINE is before, message
 
 
 # kornia

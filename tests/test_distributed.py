@@ -233,8 +233,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from safetensors.torch import save_file
-from modeling_greenmim import GreenMIMForPreTraining
-from modeling_greenmim.grouping import plan_mask
+from modeling_greenmim import GreenMIMForPreTraining, plan_mask
 from modeling_greenmim.masking import sample_noise, visible_units_from_noise
 from tests.training_helpers import tiny_config
 from training_greenmim.runs.trainer import keep_single_precision

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 from modeling_greenmim import GreenMIMForPreTraining
-from modeling_greenmim.decoder import normalize_units
 from modeling_greenmim.image_processing_greenmim import build_image_processor
+from modeling_greenmim.targets import normalize_units
 from tests.training_helpers import SHORT_RUN, encoded, messages, noise_image, tiny_config
 from training_greenmim.data.image_dataset import ImageDataset
 from training_greenmim.data.transforms import EvalTransform, TrainTransform

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .curves import loss_curve
 from .energy import CO2
+from .extras import is_installed
 
 
 CITATION = """## Citation
@@ -45,9 +46,7 @@ RUN = """## Data
 | --- | --- |
 {results}
 
-![Loss over steps](loss_curve.png)
-
-{pictures}
+{curve}{pictures}
 
 """
 PRETRAINED = (
@@ -294,7 +293,10 @@ def _device_name() -> str:
 
 def _write(trainer, facts: RunFacts, template: str, metadata: dict, **values) -> None:
     folder = trainer.args.output_dir
-    loss_curve(trainer.state.log_history).savefig(os.path.join(folder, "loss_curve.png"), dpi=120)
+    curve = ""
+    if is_installed("matplotlib"):
+        loss_curve(trainer.state.log_history).savefig(os.path.join(folder, "loss_curve.png"), dpi=120)
+        curve = "![Loss over steps](loss_curve.png)\n\n"
     location = trainer.args.hub_model_id or folder
     title = os.path.basename(os.path.normpath(location))
     unreadable = f" {len(trainer.unreadable)} of them could not be read." if trainer.unreadable else ""
@@ -305,6 +307,7 @@ def _write(trainer, facts: RunFacts, template: str, metadata: dict, **values) ->
         data=facts.data + unreadable,
         command=facts.command,
         results=_table(_results(trainer.state.log_history)),
+        curve=curve,
         **values,
     )
     ModelCard(content + CITATION).save(os.path.join(folder, "README.md"))

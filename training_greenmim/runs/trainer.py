@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..compat import CheckpointTrainer
 from ..data.image_dataset import EpochShuffle, collate, collate_and_report
+from ..data.scaling import scaling_of
 from ..data.streams import ImageStream
 from ..optimization import no_decay_parameters
 from ..randomness import MODEL, derived_seed
@@ -129,8 +130,8 @@ class ImageTrainer(CheckpointTrainer):
     workers from (seed, epoch, sample): a run that was killed and resumed goes on exactly as if it had not been.
 
     Args:
-        image_processor: its mean and standard deviation normalise images; it is saved beside the model.
-        facts: what the model card and checkpoints tell of the run; None = no card.
+        image_processor: images are scaled as it does (`scaling_of`); it is saved beside the model.
+        facts: what the model card tells of the run; None = no card.
         kwargs: those of `Trainer`.
 
     Raises:
@@ -152,9 +153,10 @@ class ImageTrainer(CheckpointTrainer):
                 "`auto_find_batch_size` is set, but the learning rate and the order of images follow from the batch:"
                 " give `per_device_train_batch_size`, and `gradient_accumulation_steps` for larger batches."
             )
+        channels = getattr(self.model.config, "num_channels", 3)
         # On the device once, not in every step.
-        statistics = torch.tensor([image_processor.image_mean, image_processor.image_std], device=self.args.device)
-        self.image_mean, self.image_std = statistics[..., None, None]
+        self.scaling = scaling_of(image_processor, channels).to(self.args.device)
+        self.image_mean, self.image_std = self.scaling.mean, self.scaling.std
         self.train_collator = collate
         self.unreadable: set[str] = set()
         self.throughput = _ThroughputCallback()
@@ -203,9 +205,10 @@ class ImageTrainer(CheckpointTrainer):
         return output
 
     def _check_length(self) -> None:
-        for name in ("max_steps",) if self.args.max_steps >= 0 else ("num_train_epochs",):
-            if getattr(self.args, name) <= 0:
-                raise ValueError(f"`{name}` is {getattr(self.args, name)}: not a single step would be trained.")
+        if self.args.max_steps <= 0 and self.args.num_train_epochs <= 0:
+            raise ValueError(
+                f"`num_train_epochs` is {self.args.num_train_epochs}: not a single step would be trained."
+            )
 
     def load_checkpoint(self, folder: str) -> None:
         """Gives the model the weights of a checkpoint, and the trainer its state, to evaluate it.
@@ -276,8 +279,8 @@ class ImageTrainer(CheckpointTrainer):
         return [name for name, _ in model.named_parameters() if name not in kept]
 
     def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """uint8 images -> normalised float images, on their device."""
-        return (pixel_values / 255 - self.image_mean) / self.image_std
+        """uint8 images -> float images as the image processor makes them, on their device."""
+        return self.scaling(pixel_values / 255)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A micro-batch, with every random draw on the device derived from where the run stands."""
