@@ -1,6 +1,7 @@
 """Errors that users can mend: one message each, before work starts; checkpoints that are evaluated; missing extras."""
 
 import errno
+import re
 import runpy
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def shown(capsys, main) -> str:
         run_script(main)
     assert end.value.code == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and "Traceback" not in captured.err
+    assert "Traceback" not in captured.err and len(re.findall(r"(?:^|[\r\n])error: ", captured.err)) == 1
     return captured.err
 
 
