@@ -23,7 +23,7 @@ from modeling_greenmim import GreenMIMConfig, GreenMIMForImageClassification
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 from training_greenmim.classification.metrics import load_metrics
 from training_greenmim.classification.models import (
-    center_cropped,
+    as_evaluated,
     class_names,
     image_height_and_width,
     load_classifier,
@@ -39,8 +39,15 @@ from training_greenmim.classification.recipes import HELP, recipe_defaults
 from training_greenmim.classification.trainer import ClassificationTrainer
 from training_greenmim.data import labels
 from training_greenmim.data.image_dataset import EveryImage, ImageDataset
-from training_greenmim.data.labels import LabelledData, Part
-from training_greenmim.data.readers import check_first_readable, decoded_once, elpv, load_folder
+from training_greenmim.data.labels import LabelledData
+from training_greenmim.data.readers import (
+    Part,
+    check_first_readable,
+    decoded_once,
+    elpv,
+    load_class_folders,
+    load_folder,
+)
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
 from training_greenmim.runs.arguments import (
     ClassificationTrainingArguments,
@@ -51,6 +58,7 @@ from training_greenmim.runs.arguments import (
 )
 from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
+from training_greenmim.runs.lock import locked_output
 from training_greenmim.runs.models import build_config, parse_overrides, read_config
 from training_greenmim.runs.script import check_channels, evaluate, finish, load_named_dataset, run_script, train
 
@@ -152,9 +160,9 @@ def load_data(data: DataArguments, args: ClassificationTrainingArguments) -> Lab
                 setattr(parts, name, Part(records, "dataset_name"))
     elif data.train_dir or data.validation_dir or data.test_dir:
         if data.train_dir:
-            parts.train = Part(labels.load_class_folders(data.train_dir, "train_dir"), "train_dir")
+            parts.train = Part(load_class_folders(data.train_dir, "train_dir"), "train_dir")
         if data.validation_dir:
-            folder = labels.load_class_folders(data.validation_dir, "validation_dir")
+            folder = load_class_folders(data.validation_dir, "validation_dir")
             parts.validation = Part(folder, "validation_dir")
     else:
         parts.train, parts.validation = (Part(labels.prepare(part, "dataset_name"), "dataset_name") for part in elpv())
@@ -232,21 +240,16 @@ def build_model(model_args: ModelArguments, names: list[str] | None, checkpoint:
         read_config(model_args.model_name_or_path, "model_name_or_path")
         # A frozen encoder drops nothing.
         drop_path_rate = model_args.drop_path_rate if model_args.mode == "finetune" else 0.0
-        # Probes replace the head.
-        ignore_mismatched_sizes = model_args.ignore_mismatched_sizes or model_args.mode != "finetune"
-        model, image_processor, has_own_head = load_classifier(
+        model = load_classifier(
             model_args.model_name_or_path,
             names,
-            drop_path_rate,
             overrides,
-            model_args.attn_implementation,
-            ignore_mismatched_sizes,
+            drop_path_rate,
+            # Probes replace the head.
+            ignore_mismatched_sizes=model_args.ignore_mismatched_sizes or model_args.mode != "finetune",
+            attn_implementation=model_args.attn_implementation,
         )
-        if names is None and not has_own_head:
-            raise ValueError(
-                f"`model_name_or_path` is {model_args.model_name_or_path!r}, which has no trained classifier: give"
-                " `do_train`, or `mode` knn."
-            )
+        image_processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path)
     if model_args.feature_stage is not None:
         if not isinstance(model, GreenMIMForImageClassification):
             raise ValueError(
@@ -309,7 +312,8 @@ def main(argv: list[str] | None = None) -> None:
     model_args, data_args, args = parse_arguments(dataclass_types, argv, recipe_defaults)
     check_work(model_args, args)
     args.set_up_logging()
-    run(model_args, data_args, args, argv)
+    with locked_output(args):
+        run(model_args, data_args, args, argv)
 
 
 def run(
@@ -322,17 +326,19 @@ def run(
     parts = load_data(data_args, args)
     check_data(parts, args, model_args.mode)
     if parts.train is not None:
-        parts.train.records = labels.draw(
+        parts.train.records = labels.stratified_subset(
             parts.train.records, data_args.max_train_samples, args.seed, "max_train_samples"
         )
     if parts.validation is not None:
         count = data_args.max_eval_samples
-        parts.validation.records = labels.draw(parts.validation.records, count, args.seed, "max_eval_samples")
+        parts.validation.records = labels.stratified_subset(
+            parts.validation.records, count, args.seed, "max_eval_samples"
+        )
     learns = args.do_train or model_args.mode == "knn"
     names = labels.label_names(parts.train.records) if learns else None
     # Training loads its checkpoint itself, with all that belongs to it.
     model, image_processor = build_model(model_args, names, None if args.do_train else checkpoint)
-    image_processor = center_cropped(image_processor, model.config, args.crop_pct)
+    image_processor = as_evaluated(image_processor, model.config, args.crop_pct)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     parts.number_as(names, "`train_dir`" if learns else "the model")
     images = build_datasets(parts, args, model.config, image_processor)
@@ -354,6 +360,7 @@ def run(
             data_args.dataset_name,
             data_args.train_dir or data_args.validation_dir or data_args.test_dir,
             elpv_labels="A cell counts as defective when the probability of a defect is at least 0.5. ",
+            arguments=(model_args, data_args),
         ),
     )
     if model_args.mode == "knn":

@@ -10,6 +10,7 @@ Without --train_dir and --dataset_name it trains on the ELPV photographs of sola
 """
 
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
 
@@ -38,6 +39,7 @@ from training_greenmim.runs.arguments import (
 )
 from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
+from training_greenmim.runs.lock import locked_output
 from training_greenmim.runs.models import build_config, from_pretrained, read_greenmim_config
 from training_greenmim.runs.script import check_channels, evaluate, finish, load_named_dataset, run_script, train
 
@@ -173,14 +175,14 @@ def build_model(model_args: ModelArguments, checkpoint: str | None = None) -> tu
         `ValueError`: for checkpoints of other models, and configurations that there are not.
     """
     attention = model_args.attn_implementation
-    for argument, name in (
-        ("resume_from_checkpoint", checkpoint),
-        ("model_name_or_path", model_args.model_name_or_path),
-    ):
-        if name:
-            read_greenmim_config(name, argument)
-            model, _ = from_pretrained(GreenMIMForPreTraining, name, attn_implementation=attention)
-            return model, AutoImageProcessor.from_pretrained(name)
+    argument, name = "model_name_or_path", model_args.model_name_or_path
+    # Checkpoints in parts have no configuration: theirs is that of the arguments.
+    if checkpoint and os.path.isfile(os.path.join(checkpoint, "config.json")):
+        argument, name = "resume_from_checkpoint", checkpoint
+    if name:
+        read_greenmim_config(name, argument)
+        model, _ = from_pretrained(GreenMIMForPreTraining, name, attn_implementation=attention)
+        return model, AutoImageProcessor.from_pretrained(name)
     config = build_config(model_args.config_name or "base", model_args.config_overrides)
     model = AutoModelForPreTraining.from_config(config, attn_implementation=attention)
     return model, build_image_processor(config)
@@ -193,15 +195,16 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.do_train or args.do_eval):
         raise ValueError("Nothing to do: give `do_train`, `do_eval` or both.")
     args.set_up_logging()
-    run(model_args, data_args, args, argv)
+    with locked_output(args):
+        run(model_args, data_args, args, argv)
 
 
 def run(model_args: ModelArguments, data_args: DataArguments, args: MIMTrainingArguments, argv: list[str]) -> None:
     """Trains, evaluates and writes what came of it."""
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
-    # Training loads its checkpoint itself, with all that belongs to it.
-    model, image_processor = build_model(model_args, None if args.do_train else checkpoint)
+    evaluated = None if args.do_train else checkpoint  # training loads its checkpoint itself
+    model, image_processor = build_model(model_args, evaluated)
     train_dataset, eval_dataset = build_datasets(data_args, args, model.config)
     trainer = MIMTrainer(
         model,
@@ -215,9 +218,12 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: MIMTrainingA
             {"training": train_dataset, "evaluation": eval_dataset},
             data_args.dataset_name,
             data_args.train_dir,
+            arguments=(model_args, data_args),
         ),
     )
 
+    if evaluated:
+        trainer.load_checkpoint(evaluated)
     if args.do_train:
         train(trainer, checkpoint)
         trainer.save_model()

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 import transformers
 from accelerate.utils import parse_flag_from_env
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
 from .argument_files import SUFFIXES, read_argument_file
 from .energy import check_country
@@ -42,7 +42,9 @@ class ModelSourceArguments:
         default=None,
         metadata={"help": 'Changes to the configuration: "image_size=128,depths=[2,2,6],mask_ratio=0.6".'},
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention: sdpa or eager."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention: sdpa or eager; default: sdpa where the architecture has it."}
+    )
 
 
 @dataclass
@@ -132,6 +134,14 @@ class ImageTrainingArguments(TrainingArguments):
     stop_on_nonfinite_loss: bool = field(
         default=True, metadata={"help": "Stop at the first loss that is not a finite number."}
     )
+    allow_changes: bool = field(
+        default=False,
+        metadata={"help": "Resume a run with other data, seed, model or recipe than it had; it is not exact then."},
+    )
+    logging_steps: float | None = field(
+        default=None,
+        metadata={"help": "Steps from one log to the next; default: 20 logs a run, but one every 10 s in long runs."},
+    )
     weight_decay: float = field(
         default=0.05, metadata={"help": "Weight decay, but of 1-D parameters, bias tables and tokens."}
     )
@@ -175,6 +185,9 @@ class ImageTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        self.chooses_logging_steps = self.logging_steps is None
+        if self.chooses_logging_steps:
+            self.logging_steps = 500  # the parent's default, and that of eval_steps
         self._check_amounts()
         self._choose_precision()
         if self.dataloader_num_workers is None:
@@ -310,11 +323,32 @@ class ClassificationTrainingArguments(ImageTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self._check_ranges()
+        self._check_schedule()
         if (self.mixup or self.cutmix) and self.per_device_train_batch_size == 1:
             raise ValueError(
                 "`per_device_train_batch_size` is 1, but `mixup` and `cutmix` mix images of a batch; two or more are"
                 " needed, or --mixup 0 --cutmix 0."
             )
+
+    def _check_schedule(self):
+        # The cosine here is GreenMIM's own, the others are Transformers'.
+        schedule = self.lr_scheduler_type
+        is_cosine = schedule == SchedulerType.COSINE
+        without_warmup = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+        given = {
+            "min_learning_rate": not is_cosine,
+            "warmup_learning_rate": not is_cosine,
+            "warmup_steps": schedule in without_warmup,
+            "lr_scheduler_kwargs": is_cosine,
+        }
+        for name, is_ignored in given.items():
+            value = getattr(self, name)
+            if is_ignored and value:
+                nothing = "''" if name == "lr_scheduler_kwargs" else "0"
+                raise ValueError(
+                    f"`{name}` is {value}, but `lr_scheduler_type` is {schedule.value!r}, which has none: give"
+                    f" --{name} {nothing}, or another schedule."
+                )
 
     def _check_ranges(self):
         at_most_1 = ("random_erasing", "mixup_switch_probability", "label_smoothing_factor")

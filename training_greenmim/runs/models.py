@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from modeling_greenmim import GreenMIMConfig
+from modeling_greenmim.encoders import named_sizes
 
 from ..compat import without_load_report
 from .argument_files import parse_yaml
@@ -18,14 +19,7 @@ from .argument_files import parse_yaml
 
 logger = logging.get_logger(__name__)
 
-MODEL_SIZES = {
-    "tiny": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
-    "small": {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]},
-    "base": {},
-    "base-win14": {"window_size": 14},
-    "twins-large": {"backbone_type": "twins"},
-    "large-win14": {"embed_dim": 192, "num_heads": [6, 12, 24, 48], "window_size": 14},
-}
+MODEL_SIZES = named_sizes()
 
 
 def parse_overrides(text: str | None) -> dict:
