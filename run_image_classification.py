@@ -15,32 +15,52 @@ of solar cells. Arguments may stand in a .yaml or .json file, named first; flags
 import logging
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import datasets
-from transformers import AutoModelForImageClassification, set_seed
+from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from modeling_greenmim import GreenMIMConfig, GreenMIMForImageClassification
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 from training_greenmim.classification.metrics import load_metrics
 from training_greenmim.classification.models import (
-    center_cropped,
+    as_evaluated,
     class_names,
     image_height_and_width,
     load_classifier,
 )
-from training_greenmim.classification.probes import first_stages, fold_head, freeze_encoder, use_neighbours
+from training_greenmim.classification.probes import (
+    first_stages,
+    fold_head,
+    freeze_encoder,
+    load_probe,
+    use_neighbours,
+)
 from training_greenmim.classification.recipes import HELP, recipe_defaults
 from training_greenmim.classification.trainer import ClassificationTrainer
 from training_greenmim.data import labels
 from training_greenmim.data.image_dataset import EveryImage, ImageDataset
-from training_greenmim.data.labels import LabelledData, Part
-from training_greenmim.data.readers import check_first_readable, decoded_once, elpv, load_folder
+from training_greenmim.data.labels import LabelledData
+from training_greenmim.data.readers import (
+    Part,
+    check_first_readable,
+    decoded_once,
+    elpv,
+    load_class_folders,
+    load_folder,
+)
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
-from training_greenmim.runs.arguments import ClassificationTrainingArguments, parse_arguments
+from training_greenmim.runs.arguments import (
+    ClassificationTrainingArguments,
+    ImageDataArguments,
+    ModelSourceArguments,
+    check_at_least,
+    parse_arguments,
+)
 from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
-from training_greenmim.runs.models import MODEL_SIZES, build_config, parse_overrides
+from training_greenmim.runs.lock import locked_output
+from training_greenmim.runs.models import build_config, parse_overrides, read_config
+from training_greenmim.runs.script import check_channels, evaluate, finish, load_named_dataset, run_script, train
 
 
 logger = logging.getLogger(__name__)
@@ -49,19 +69,12 @@ MODES = ("finetune", "linear", "knn")
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(ModelSourceArguments):
     """What to classify with."""
 
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Checkpoint to start from: GreenMIM's, pre-trained or fine-tuned, or any image classifier."},
-    )
-    config_name: str | None = field(
-        default=None,
-        metadata={"help": f"Start from scratch: one of {', '.join(MODEL_SIZES)}, a folder or a repository."},
-    )
-    config_overrides: str | None = field(
-        default=None, metadata={"help": 'Changes to the configuration: "image_size=384,window_size=12".'}
     )
     mode: str = field(
         default="finetune",
@@ -77,7 +90,6 @@ class ModelArguments:
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "Replace a head that was trained for other classes."}
     )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention: sdpa or eager."})
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -89,18 +101,18 @@ class ModelArguments:
             )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}; it must be in [0, 1).")
+        check_at_least(self, 1, "knn_k", "feature_stage")
         if self.knn_temperature <= 0:
             raise ValueError(f"`knn_temperature` is {self.knn_temperature}; it must be positive.")
 
 
 @dataclass
-class DataArguments:
+class DataArguments(ImageDataArguments):
     """What to classify."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Data set of the Hub or a local one (a folder of parquet files)."}
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
     train_dir: str | None = field(default=None, metadata={"help": "Folder with a sub-folder for each class."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same to evaluate on."})
     test_dir: str | None = field(
@@ -110,7 +122,6 @@ class DataArguments:
     train_val_split: float = field(
         default=0.15, metadata={"help": "Share of the training images to evaluate on where there are no others."}
     )
-    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images."})
     label_column_name: str | None = field(default=None, metadata={"help": "Column of the labels."})
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on so many images only, drawn by the seed with each class's share."}
@@ -122,13 +133,12 @@ class DataArguments:
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.dataset_name and (self.train_dir or self.validation_dir):
             given = "train_dir" if self.train_dir else "validation_dir"
             raise ValueError(
                 f"`dataset_name` is {self.dataset_name!r} and `{given}` is {getattr(self, given)!r}; give one of them."
             )
-        if not 0 < self.train_val_split < 1:
-            raise ValueError(f"`train_val_split` is {self.train_val_split}; it must be between 0 and 1.")
 
 
 def load_data(data: DataArguments, args: ClassificationTrainingArguments) -> LabelledData:
@@ -139,7 +149,7 @@ def load_data(data: DataArguments, args: ClassificationTrainingArguments) -> Lab
     """
     parts = LabelledData()
     if data.dataset_name:
-        found = datasets.load_dataset(data.dataset_name, data.dataset_config_name)
+        found = load_named_dataset(data.dataset_name, data.dataset_config_name)
         columns = (data.image_column_name, data.label_column_name)
         splits = {"train": "train", "validation": "validation", "test": "test"}
         if "validation" not in found:
@@ -150,9 +160,9 @@ def load_data(data: DataArguments, args: ClassificationTrainingArguments) -> Lab
                 setattr(parts, name, Part(records, "dataset_name"))
     elif data.train_dir or data.validation_dir or data.test_dir:
         if data.train_dir:
-            parts.train = Part(labels.load_class_folders(data.train_dir, "train_dir"), "train_dir")
+            parts.train = Part(load_class_folders(data.train_dir, "train_dir"), "train_dir")
         if data.validation_dir:
-            folder = labels.load_class_folders(data.validation_dir, "validation_dir")
+            folder = load_class_folders(data.validation_dir, "validation_dir")
             parts.validation = Part(folder, "validation_dir")
     else:
         parts.train, parts.validation = (Part(labels.prepare(part, "dataset_name"), "dataset_name") for part in elpv())
@@ -198,12 +208,23 @@ def check_work(model_args: ModelArguments, args: ClassificationTrainingArguments
         )
 
 
-def build_model(model_args: ModelArguments, names: list[str] | None) -> tuple:
-    """The classifier and its image processor; `names` of None keep the classes and the head of a trained classifier.
+def build_model(model_args: ModelArguments, names: list[str] | None, checkpoint: str | None = None) -> tuple:
+    """The classifier and its image processor.
+
+    Args:
+        names: of the classes; None keeps the classes and the head of a trained classifier.
+        checkpoint: of the run itself, which then takes the place of what the arguments start from.
 
     Raises:
         `ValueError`: for checkpoints that do not fit.
     """
+    if checkpoint:
+        if model_args.mode == "linear":
+            probe = load_probe(checkpoint, model_args.attn_implementation)
+            return probe, AutoImageProcessor.from_pretrained(checkpoint)
+        # A checkpoint has its configuration and its stages.
+        own = {"config_name": None, "config_overrides": None, "feature_stage": None}
+        model_args = replace(model_args, model_name_or_path=checkpoint, **own)
     overrides = parse_overrides(model_args.config_overrides)
     if model_args.config_name:
         if names is None:
@@ -216,23 +237,19 @@ def build_model(model_args: ModelArguments, names: list[str] | None) -> tuple:
         model = AutoModelForImageClassification.from_config(config, attn_implementation=attention)
         image_processor = build_image_processor(config)
     else:
+        read_config(model_args.model_name_or_path, "model_name_or_path")
         # A frozen encoder drops nothing.
         drop_path_rate = model_args.drop_path_rate if model_args.mode == "finetune" else 0.0
-        # Probes replace the head.
-        ignore_mismatched_sizes = model_args.ignore_mismatched_sizes or model_args.mode != "finetune"
-        model, image_processor, has_own_head = load_classifier(
+        model = load_classifier(
             model_args.model_name_or_path,
             names,
-            drop_path_rate,
             overrides,
-            model_args.attn_implementation,
-            ignore_mismatched_sizes,
+            drop_path_rate,
+            # Probes replace the head.
+            ignore_mismatched_sizes=model_args.ignore_mismatched_sizes or model_args.mode != "finetune",
+            attn_implementation=model_args.attn_implementation,
         )
-        if names is None and not has_own_head:
-            raise ValueError(
-                f"`model_name_or_path` is {model_args.model_name_or_path!r}, which has no trained classifier: give"
-                " `do_train`, or `mode` knn."
-            )
+        image_processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path)
     if model_args.feature_stage is not None:
         if not isinstance(model, GreenMIMForImageClassification):
             raise ValueError(
@@ -260,8 +277,7 @@ def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, c
     """
     size = image_height_and_width(config, image_processor)
     channels = getattr(config, "num_channels", 3)
-    if channels not in (1, 3):
-        raise ValueError(f"`num_channels` is {channels}; images have 1 (grey) or 3 (RGB).")
+    check_channels(channels)
     for part in parts.parts():
         check_first_readable(part.records, "image", size, channels, part.argument)
 
@@ -292,26 +308,37 @@ def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, c
 def main(argv: list[str] | None = None) -> None:
     """Runs fine-tuning, a probe, evaluation or prediction."""
     argv = sys.argv[1:] if argv is None else argv
-    kinds = (ModelArguments, DataArguments, ClassificationTrainingArguments)
-    model_args, data_args, args = parse_arguments(kinds, argv, recipe_defaults)
+    dataclass_types = (ModelArguments, DataArguments, ClassificationTrainingArguments)
+    model_args, data_args, args = parse_arguments(dataclass_types, argv, recipe_defaults)
     check_work(model_args, args)
     args.set_up_logging()
+    with locked_output(args):
+        run(model_args, data_args, args, argv)
+
+
+def run(
+    model_args: ModelArguments, data_args: DataArguments, args: ClassificationTrainingArguments, argv: list[str]
+) -> None:
+    """Trains, evaluates, predicts and writes what came of it."""
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
 
     parts = load_data(data_args, args)
     check_data(parts, args, model_args.mode)
     if parts.train is not None:
-        parts.train.records = labels.draw(
+        parts.train.records = labels.stratified_subset(
             parts.train.records, data_args.max_train_samples, args.seed, "max_train_samples"
         )
     if parts.validation is not None:
         count = data_args.max_eval_samples
-        parts.validation.records = labels.draw(parts.validation.records, count, args.seed, "max_eval_samples")
+        parts.validation.records = labels.stratified_subset(
+            parts.validation.records, count, args.seed, "max_eval_samples"
+        )
     learns = args.do_train or model_args.mode == "knn"
     names = labels.label_names(parts.train.records) if learns else None
-    model, image_processor = build_model(model_args, names)
-    image_processor = center_cropped(image_processor, model.config, args.crop_pct)
+    # Training loads its checkpoint itself, with all that belongs to it.
+    model, image_processor = build_model(model_args, names, None if args.do_train else checkpoint)
+    image_processor = as_evaluated(image_processor, model.config, args.crop_pct)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     parts.number_as(names, "`train_dir`" if learns else "the model")
     images = build_datasets(parts, args, model.config, image_processor)
@@ -333,18 +360,15 @@ def main(argv: list[str] | None = None) -> None:
             data_args.dataset_name,
             data_args.train_dir or data_args.validation_dir or data_args.test_dir,
             elpv_labels="A cell counts as defective when the probability of a defect is at least 0.5. ",
+            arguments=(model_args, data_args),
         ),
     )
     if model_args.mode == "knn":
         use_neighbours(trainer, images["bank"], model_args.knn_k, model_args.knn_temperature)
     if args.do_train:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
+        train(trainer, checkpoint)
     if args.do_eval:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        evaluate(trainer)
     if args.do_predict:
         path = os.path.join(args.output_dir, "predictions.csv")
         trainer.save_predictions(trainer.predict(images["test"]), images["test"], path)
@@ -355,12 +379,8 @@ def main(argv: list[str] | None = None) -> None:
         if model_args.mode == "linear":
             fold_head(model)
         trainer.save_model()
-        trainer.save_state()
-        trainer.create_model_card()
-        logger.info(f"Model, card and results: {args.output_dir}")
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    finish(trainer)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,10 +10,10 @@ Without --train_dir and --dataset_name it trains on the ELPV photographs of sola
 """
 
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
 
-import datasets
 from datasets.distributed import split_dataset_by_node
 from transformers import AutoImageProcessor, AutoModelForPreTraining, set_seed
 
@@ -31,10 +31,17 @@ from training_greenmim.data.readers import (
 from training_greenmim.data.streams import ImageStream
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
 from training_greenmim.pretraining.trainer import MIMTrainer
-from training_greenmim.runs.arguments import MIMTrainingArguments, parse_arguments
+from training_greenmim.runs.arguments import (
+    ImageDataArguments,
+    MIMTrainingArguments,
+    ModelSourceArguments,
+    parse_arguments,
+)
 from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
-from training_greenmim.runs.models import MODEL_SIZES, build_config
+from training_greenmim.runs.lock import locked_output
+from training_greenmim.runs.models import build_config, from_pretrained, read_greenmim_config
+from training_greenmim.runs.script import check_channels, evaluate, finish, load_named_dataset, run_script, train
 
 
 logger = logging.getLogger(__name__)
@@ -44,23 +51,8 @@ SHUFFLE_BUFFER = 1000
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(ModelSourceArguments):
     """What to train."""
-
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint to go on from: a folder or a Hub repository."}
-    )
-    config_name: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Train from scratch: one of {', '.join(MODEL_SIZES)} (default: base), a folder or a repository."
-        },
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": 'Changes to the configuration: "image_size=128,depths=[2,2,6],mask_ratio=0.6".'},
-    )
-    attn_implementation: str = field(default="sdpa", metadata={"help": "Attention: sdpa or eager."})
 
     def __post_init__(self):
         if self.model_name_or_path and (self.config_name or self.config_overrides):
@@ -71,28 +63,14 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(ImageDataArguments):
     """What to train on."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Data set of the Hub or a local one (a folder of parquet or WebDataset files)."},
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
-    train_dir: str | None = field(
-        default=None, metadata={"help": "Folder of images, nested or not; labels are not needed."}
-    )
-    validation_dir: str | None = field(default=None, metadata={"help": "Folder of images to evaluate on."})
-    train_val_split: float = field(
-        default=0.05, metadata={"help": "Share of the training images to evaluate on where there are no others."}
-    )
-    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many evaluation images."})
     streaming: bool = field(default=False, metadata={"help": "Read the data set as a stream; needs max_steps."})
     min_crop_scale: float = field(default=0.2, metadata={"help": "Smallest share of an image's area that is cropped."})
 
     def __post_init__(self):
+        super().__post_init__()
         if self.dataset_name and self.train_dir:
             raise ValueError(
                 f"`dataset_name` is {self.dataset_name!r} and `train_dir` is {self.train_dir!r}; give one of them."
@@ -101,8 +79,6 @@ class DataArguments:
             raise ValueError(f"`validation_dir` is {self.validation_dir!r}, but there is no `train_dir`.")
         if self.streaming and not self.dataset_name:
             raise ValueError("`streaming` is for a `dataset_name`; folders of images are read as they are.")
-        if not 0 < self.train_val_split < 1:
-            raise ValueError(f"`train_val_split` is {self.train_val_split}; it must be between 0 and 1.")
         if not 0 < self.min_crop_scale <= 1:
             raise ValueError(f"`min_crop_scale` is {self.min_crop_scale}; it must be in (0, 1].")
 
@@ -118,7 +94,7 @@ def load_data(data: DataArguments, args: MIMTrainingArguments):
         validation = load_folder(data.validation_dir, "validation_dir") if data.validation_dir else None
         argument = "train_dir"
     elif data.dataset_name:
-        parts = datasets.load_dataset(data.dataset_name, data.dataset_config_name, streaming=data.streaming)
+        parts = load_named_dataset(data.dataset_name, data.dataset_config_name, data.streaming)
         if "train" not in parts:
             raise ValueError(f"`dataset_name` is {data.dataset_name!r}, which has no split train but {list(parts)}.")
         train, validation = parts["train"], parts.get("validation", parts.get("test"))
@@ -133,16 +109,32 @@ def load_data(data: DataArguments, args: MIMTrainingArguments):
     elif args.do_eval and data.streaming:
         raise ValueError("`do_eval` is set, but the stream has no split validation or test.")
     elif args.do_eval:
-        parts = train.train_test_split(data.train_val_split, seed=args.seed)
-        train, validation = parts["train"], parts["test"]
+        train, validation = held_out(train, data, args.seed, argument)
     if data.streaming and args.decode_once:
         raise ValueError("`decode_once` is set, but a stream is not kept; give one of `decode_once` and `streaming`.")
     if data.streaming and args.do_train and args.max_steps <= 0:
         raise ValueError("`streaming` is set: a stream has no known length, so `max_steps` is needed.")
-    return limit(train, data.max_train_samples), limit(validation, data.max_eval_samples), column, argument
+    train, validation = first_records(train, data.max_train_samples), first_records(validation, data.max_eval_samples)
+    return train, validation, column, argument
 
 
-def limit(records, count: int | None):
+def held_out(records, data: DataArguments, seed: int, argument: str) -> tuple:
+    """Two parts of a data set, drawn by the seed, the second with `train_val_split` of the images.
+
+    Raises:
+        `ValueError`: when there are too few images for two parts.
+    """
+    try:
+        parts = records.train_test_split(data.train_val_split, seed=seed)
+    except ValueError as error:
+        raise ValueError(
+            f"`train_val_split` is {data.train_val_split}, but `{argument}` has {len(records)} image(s), too few to"
+            " train on some and evaluate on others; give `validation_dir`, more images, or no `do_eval`."
+        ) from error
+    return parts["train"], parts["test"]
+
+
+def first_records(records, count: int | None):
     """The first `count` records of a data set or stream."""
     if records is None or count is None:
         return records
@@ -153,8 +145,7 @@ def build_datasets(data: DataArguments, args: MIMTrainingArguments, config) -> t
     """Training and evaluation sets of decoded images, after a look for a readable one in each."""
     train, validation, column, argument = load_data(data, args)
     size, channels = config.image_height_and_width, config.num_channels
-    if channels not in (1, 3):
-        raise ValueError(f"`num_channels` is {channels}; images have 1 (grey) or 3 (RGB).")
+    check_channels(channels)
     check_first_readable(train, column, size, channels, argument)
     if args.decode_once:
         with args.main_process_first(desc="decoding images"):
@@ -172,17 +163,25 @@ def build_datasets(data: DataArguments, args: MIMTrainingArguments, config) -> t
             train_dataset = ImageDataset(train, column, transform, args.seed)
     if args.do_eval:
         check_first_readable(validation, column, size, channels, "validation_dir" if data.validation_dir else argument)
-        kind = ImageStream if data.streaming else ImageDataset
-        eval_dataset = kind(validation, column, EvalTransform(size, channels), args.seed)
+        dataset_class = ImageStream if data.streaming else ImageDataset
+        eval_dataset = dataset_class(validation, column, EvalTransform(size, channels), args.seed)
     return train_dataset, eval_dataset
 
 
-def build_model(model_args: ModelArguments) -> tuple:
-    """The model, new or from a checkpoint, and its image processor."""
+def build_model(model_args: ModelArguments, checkpoint: str | None = None) -> tuple:
+    """The model, from a checkpoint of the run, from one to go on from, or new; and its image processor.
+
+    Raises:
+        `ValueError`: for checkpoints of other models, and configurations that there are not.
+    """
     attention = model_args.attn_implementation
-    if model_args.model_name_or_path:
-        name = model_args.model_name_or_path
-        model = GreenMIMForPreTraining.from_pretrained(name, attn_implementation=attention)
+    argument, name = "model_name_or_path", model_args.model_name_or_path
+    # Checkpoints in parts have no configuration: theirs is that of the arguments.
+    if checkpoint and os.path.isfile(os.path.join(checkpoint, "config.json")):
+        argument, name = "resume_from_checkpoint", checkpoint
+    if name:
+        read_greenmim_config(name, argument)
+        model, _ = from_pretrained(GreenMIMForPreTraining, name, attn_implementation=attention)
         return model, AutoImageProcessor.from_pretrained(name)
     config = build_config(model_args.config_name or "base", model_args.config_overrides)
     model = AutoModelForPreTraining.from_config(config, attn_implementation=attention)
@@ -196,9 +195,16 @@ def main(argv: list[str] | None = None) -> None:
     if not (args.do_train or args.do_eval):
         raise ValueError("Nothing to do: give `do_train`, `do_eval` or both.")
     args.set_up_logging()
+    with locked_output(args):
+        run(model_args, data_args, args, argv)
+
+
+def run(model_args: ModelArguments, data_args: DataArguments, args: MIMTrainingArguments, argv: list[str]) -> None:
+    """Trains, evaluates and writes what came of it."""
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
-    model, image_processor = build_model(model_args)
+    evaluated = None if args.do_train else checkpoint  # training loads its checkpoint itself
+    model, image_processor = build_model(model_args, evaluated)
     train_dataset, eval_dataset = build_datasets(data_args, args, model.config)
     trainer = MIMTrainer(
         model,
@@ -212,27 +218,21 @@ def main(argv: list[str] | None = None) -> None:
             {"training": train_dataset, "evaluation": eval_dataset},
             data_args.dataset_name,
             data_args.train_dir,
+            arguments=(model_args, data_args),
         ),
     )
 
+    if evaluated:
+        trainer.load_checkpoint(evaluated)
     if args.do_train:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        train(trainer, checkpoint)
         trainer.save_model()
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
     if args.do_eval:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-    if args.do_train:
-        trainer.save_state()
-        trainer.create_model_card()
-        logger.info(f"Model, card and results: {args.output_dir}")
+        evaluate(trainer)
+    finish(trainer)
     if trainer.last_picture:
         logger.info(f"Originals, masked inputs and reconstructions: {trainer.last_picture}")
-    if args.push_to_hub:
-        trainer.push_to_hub()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

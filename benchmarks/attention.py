@@ -20,7 +20,7 @@ from training_step import IMAGE_SIZE, SIZES, random_plan, time_in_turns
 
 from modeling_greenmim import GreenMIMConfig
 from modeling_greenmim.attention import ALL_ATTENTION_FUNCTIONS, GreenMIMWindowAttention, eager_attention_forward
-from modeling_greenmim.grouping import GroupPlan
+from modeling_greenmim.plans import GroupPlan
 
 
 HEAD_DIM = 32

@@ -16,8 +16,7 @@ from collections import Counter
 
 import torch
 
-from configuration_greenmim import GreenMIMConfig
-from modeling_greenmim.grouping import plan_mask
+from modeling_greenmim import GreenMIMConfig, plan_mask
 from modeling_greenmim.masking import sample_noise, visible_units_from_noise
 
 

@@ -4,16 +4,14 @@
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForMaskedImageModeling,
     AutoModelForPreTraining,
 )
+from transformers.utils import is_vision_available
 
 from .configuration_greenmim import AUTO_MAP, GreenMIMConfig
-from .grouping import MaskPlan, plan_mask
-from .image_processing_greenmim import GreenMIMImageProcessorPil
 from .modeling_greenmim import (
     GreenMIMBackbone,
     GreenMIMForImageClassification,
@@ -21,6 +19,8 @@ from .modeling_greenmim import (
     GreenMIMModel,
     GreenMIMPreTrainedModel,
 )
+from .planning import plan_mask
+from .plans import MaskPlan
 
 
 AutoConfig.register(GreenMIMConfig.model_type, GreenMIMConfig)
@@ -29,7 +29,6 @@ AutoModelForPreTraining.register(GreenMIMConfig, GreenMIMForPreTraining)
 AutoModelForMaskedImageModeling.register(GreenMIMConfig, GreenMIMForPreTraining)
 AutoModelForImageClassification.register(GreenMIMConfig, GreenMIMForImageClassification)
 AutoBackbone.register(GreenMIMConfig, GreenMIMBackbone)
-AutoImageProcessor.register(GreenMIMConfig, image_processor_classes={"pil": GreenMIMImageProcessorPil})
 
 # Saving a model writes the files of this package beside it: others load it with trust_remote_code=True. The
 # configuration names the class of every Auto class (`AUTO_MAP`); what is registered here makes saving copy the files.
@@ -38,16 +37,24 @@ for model_class in (GreenMIMModel, GreenMIMForPreTraining, GreenMIMForImageClass
     model_class.register_for_auto_class(
         next(name for name, path in AUTO_MAP.items() if path.endswith(f".{model_class.__name__}"))
     )
-GreenMIMImageProcessorPil.register_for_auto_class()
 
 __all__ = [
     "GreenMIMBackbone",
     "GreenMIMConfig",
     "GreenMIMForImageClassification",
     "GreenMIMForPreTraining",
-    "GreenMIMImageProcessorPil",
     "GreenMIMModel",
     "GreenMIMPreTrainedModel",
     "MaskPlan",
     "plan_mask",
 ]
+
+# The models need no Pillow, the image processor does.
+if is_vision_available():
+    from transformers import AutoImageProcessor
+
+    from .image_processing_greenmim import GreenMIMImageProcessorPil
+
+    AutoImageProcessor.register(GreenMIMConfig, image_processor_classes={"pil": GreenMIMImageProcessorPil})
+    GreenMIMImageProcessorPil.register_for_auto_class()
+    __all__ += ["GreenMIMImageProcessorPil"]

@@ -1,6 +1,8 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """GreenMIM model configuration."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
@@ -24,6 +26,15 @@ def count_visible_units(num_units: int, mask_ratio: float) -> int:
     return int(num_units * (1 - mask_ratio) + 1e-6)
 
 
+# Read-only values that follow from the others. Files of other tools may carry some: they must agree.
+DERIVED = (
+    *("encoder_stride", "hidden_size", "image_height_and_width", "num_hidden_layers"),
+    *("stage_names", "stage_widths", "stage_windows", "unit_grid"),
+)
+# The smallest normal number of single precision: what is smaller may be 0 on a device.
+TINY = 2.0**-126
+
+
 def _require(condition: bool, name: str, value, expected: str) -> None:
     if not condition:
         raise ValueError(f"`{name}` is {value!r}, but {expected}.")
@@ -44,8 +55,8 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         patch_size (`int`, *optional*, defaults to 4): Side of the patches that the first stage sees, in pixels.
         num_channels (`int`, *optional*, defaults to 3): Number of image channels.
         backbone_type (`str`, *optional*, defaults to `"swin"`):
-            Hierarchical encoder: `"swin"`, or `"twins"` (Twins-SVT), whose blocks alternate attention in windows with
-            attention to one key per mask unit.
+            Hierarchical encoder, a name of `encoders.ENCODERS`: `"swin"`, or `"twins"` (Twins-SVT), whose blocks
+            alternate attention in windows with attention to one key per mask unit.
         embed_dim (`int`, *optional*, defaults to 128): Width of the first stage; each next stage doubles it.
         depths (`list[int]`, *optional*, defaults to `(2, 2, 18, 2)`): Number of blocks of each stage.
         num_heads (`list[int]`, *optional*, defaults to `(4, 8, 16, 32)`): Number of attention heads of each stage.
@@ -58,11 +69,13 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate (`float`, *optional*, defaults to 0.0): Stochastic depth of the last block, linear from 0.
         hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the MLPs.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation that mask token, position bias tables and classifier are initialised with.
+            Standard deviation that mask token, position bias tables and classifier are initialised with; above 0.
         layer_norm_eps (`float`, *optional*, defaults to 1e-6): Epsilon of every layer normalisation.
         mask_ratio (`float`, *optional*, defaults to 0.75): Share of the mask units that pre-training hides.
+        reconstruction_target (`str`, *optional*, defaults to `"pixels"`):
+            What pre-training predicts of each mask unit, a name of `targets.TARGETS`.
         norm_pix_loss (`bool`, *optional*, defaults to `True`):
-            Whether the target is each unit's pixels normalised by the unit's own mean and variance.
+            Whether target pixels are normalised by their unit's own mean and variance.
         decoder_hidden_size (`int`, *optional*, defaults to 512): Width of the decoder, divisible by 4.
         decoder_num_hidden_layers (`int`, *optional*, defaults to 1): Number of decoder blocks.
         decoder_num_attention_heads (`int`, *optional*, defaults to 16): Number of attention heads of the decoder.
@@ -71,7 +84,8 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         out_indices (`list[int]`, *optional*): The same by number; 0 is the stem.
 
     Derived and read-only: `encoder_stride` (side of a mask unit in pixels), `hidden_size` (width of the last stage),
-    `num_hidden_layers` (number of stages), `num_attention_heads`, `stage_names`, `stage_windows`.
+    `num_hidden_layers` (number of stages), `num_attention_heads`, `stage_names`, `stage_widths`, `stage_windows`.
+    Given as keywords, as old files have them, they must agree with the other values.
 
     Raises:
         `huggingface_hub.errors.StrictDataclassError`: when values are of the wrong type or contradict one another,
@@ -109,6 +123,7 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
     initializer_range: float | int = 0.02
     layer_norm_eps: float | int = 1e-6
     mask_ratio: float | int = 0.75
+    reconstruction_target: str = "pixels"
     norm_pix_loss: bool = True
     decoder_hidden_size: int = 512
     decoder_num_hidden_layers: int = 1
@@ -122,10 +137,20 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         self.depths, self.num_heads = list(self.depths), list(self.num_heads)
         if not isinstance(self.image_size, int):
             self.image_size = list(self.image_size)
+        given = {name: kwargs.pop(name) for name in DERIVED if name in kwargs}
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
+        if given:
+            self.validate()  # contradictions among the arguments come first: what follows from them is theirs
+            self._check_derived(given)
+
+    def _check_derived(self, given: dict) -> None:
+        for name, value in given.items():
+            derived = getattr(self, name)
+            agrees = list(value) == list(derived) if isinstance(value, (list, tuple)) else value == derived
+            _require(agrees, name, value, f"the other values give {derived}")
 
     @property
     def stage_names(self) -> list[str]:
@@ -138,9 +163,14 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         return len(self.depths)
 
     @property
+    def stage_widths(self) -> tuple[int, ...]:
+        """Channels of each stage: `embed_dim`, doubled from stage to stage."""
+        return tuple(self.embed_dim * 2**stage for stage in range(len(self.depths)))
+
+    @property
     def hidden_size(self) -> int:
         """Width of the last stage."""
-        return self.embed_dim * 2 ** (len(self.depths) - 1)
+        return self.stage_widths[-1]
 
     @property
     def encoder_stride(self) -> int:
@@ -176,8 +206,11 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         self._validate_decoder()
 
     def _validate_encoder(self):
-        known = self.backbone_type in ("swin", "twins")
-        _require(known, "backbone_type", self.backbone_type, 'it must be "swin" or "twins"')
+        # Here, for encoders and targets import this file.
+        from .encoders import ENCODERS
+
+        known = ", ".join(f'"{name}"' for name in ENCODERS)
+        _require(self.backbone_type in ENCODERS, "backbone_type", self.backbone_type, f"it must be one of {known}")
         _require(len(self.depths) > 0, "depths", self.depths, "at least one stage is needed")
         same_length = f"it needs one entry per stage as `depths` ({self.depths}) has"
         _require(len(self.num_heads) == len(self.depths), "num_heads", self.num_heads, same_length)
@@ -186,13 +219,18 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
             _require(min(value) > 0, name, value, "every entry must be positive")
         for name in ("patch_size", "num_channels", "embed_dim", "window_size", "mlp_ratio"):
             value = getattr(self, name)
-            _require(value > 0, name, value, "it must be positive")
-        for stage, heads in enumerate(self.num_heads):
-            width = self.embed_dim * 2**stage
+            _require(0 < value < math.inf, name, value, "it must be positive and finite")
+        narrow = f"it leaves the first stage, of width {self.embed_dim}, no hidden value"
+        _require(int(self.mlp_ratio * self.embed_dim) > 0, "mlp_ratio", self.mlp_ratio, narrow)
+        for width, heads in zip(self.stage_widths, self.num_heads):
             _require(width % heads == 0, "num_heads", self.num_heads, f"{heads} does not divide stage width {width}")
-        for name in ("layer_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            _require(value >= 0, name, value, "it cannot be negative")
+        eps, std = self.layer_norm_eps, self.initializer_range
+        _require(
+            TINY <= eps < math.inf, "layer_norm_eps", eps, f"it must be positive, at least {TINY:.2g}, and finite"
+        )
+        _require(
+            TINY <= std <= 1, "initializer_range", std, f"it must be positive, at least {TINY:.2g}, and at most 1"
+        )
         _require(self.hidden_act in ACT2FN, "hidden_act", self.hidden_act, f"it must be one of {', '.join(ACT2FN)}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             value = getattr(self, name)
@@ -212,6 +250,10 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         _require(num_units == 1 or 0 < num_visible < num_units, "mask_ratio", self.mask_ratio, expected)
 
     def _validate_decoder(self):
+        from .targets import TARGETS
+
+        name, known = self.reconstruction_target, ", ".join(f'"{name}"' for name in TARGETS)
+        _require(name in TARGETS, "reconstruction_target", name, f"it must be one of {known}")
         width, heads = self.decoder_hidden_size, self.decoder_num_attention_heads
         _require(width > 0 and width % 4 == 0, "decoder_hidden_size", width, "it must be a positive multiple of 4")
         _require(

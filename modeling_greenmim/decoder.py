@@ -7,8 +7,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import attend
+from .blocks import GreenMIMMLP
 from .configuration_greenmim import GreenMIMConfig
-from .swin import GreenMIMMLP
 
 
 def sincos_positions(grid: tuple[int, int], width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -66,9 +66,14 @@ class GreenMIMDecoderBlock(GradientCheckpointingLayer):
 
 
 class GreenMIMDecoder(nn.Module):
-    """Predicts the pixels of all units from the latents of the visible ones, each placed at its own unit."""
+    """Predicts what is to be known of all units from the latents of the visible ones, each placed at its own unit.
 
-    def __init__(self, config: GreenMIMConfig):
+    Args:
+        config: configuration of the model.
+        output_width: values to predict of each unit.
+    """
+
+    def __init__(self, config: GreenMIMConfig, output_width: int):
         super().__init__()
         self.config = config
         width = config.decoder_hidden_size
@@ -78,9 +83,9 @@ class GreenMIMDecoder(nn.Module):
             GreenMIMDecoderBlock(config) for _ in range(config.decoder_num_hidden_layers)
         )
         self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.decoder_pred = nn.Linear(width, config.encoder_stride**2 * config.num_channels)
+        self.decoder_pred = nn.Linear(width, output_width)
 
-    def initialize_weights(self):
+    def draw_weights(self):
         """Draws the mask token from a normal distribution."""
         init.normal_(self.mask_token, std=self.config.initializer_range)
 
@@ -93,7 +98,7 @@ class GreenMIMDecoder(nn.Module):
             unit_grid: rows and columns of units.
 
         Returns:
-            `(batch, num_units, unit**2 * channels)`.
+            `(batch, num_units, output_width)`.
         """
         latents = self.decoder_embed(latents)
         batch, _, width = latents.shape
@@ -105,31 +110,13 @@ class GreenMIMDecoder(nn.Module):
         return self.decoder_pred(self.decoder_norm(hidden_states))
 
 
-def unit_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and deviation `sqrt(variance + 1e-6)` of each unit, `(batch, num_units, 1)`."""
-    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-
-
-def normalize_units(patches: torch.Tensor) -> torch.Tensor:
-    """Patches `(batch, num_units, values)` less their unit's mean, divided by its deviation."""
-    values = patches.shape[-1]
-    # The fused layer normalisation divides by the biased deviation; ours is the unbiased one.
-    share = (values - 1) / values
-    return nn.functional.layer_norm(patches, (values,), eps=1e-6 * share) * share**0.5
-
-
-def reconstruction_loss(
-    logits: torch.Tensor, patches: torch.Tensor, mask: torch.Tensor, norm_pix_loss: bool
-) -> torch.Tensor:
+def reconstruction_loss(predictions: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean squared error per unit, averaged over masked units, in at least single precision.
 
     Args:
-        logits, patches: prediction and pixels, `(batch, num_units, unit**2 * channels)`.
+        predictions, targets: `(batch, num_units, values)`.
         mask: `(batch, num_units)`, 1 for masked.
-        norm_pix_loss: whether the target is normalised per unit.
     """
-    target = patches.to(torch.promote_types(patches.dtype, torch.float32))
-    if norm_pix_loss:
-        target = normalize_units(target)
-    errors = nn.functional.mse_loss(logits.to(target.dtype), target, reduction="none").mean(dim=-1)
+    targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
+    errors = nn.functional.mse_loss(predictions.to(targets.dtype), targets, reduction="none").mean(dim=-1)
     return (errors * mask).sum() / mask.sum()

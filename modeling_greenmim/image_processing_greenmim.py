@@ -1,27 +1,44 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Image processor of GreenMIM: that of ViT, for models of one channel too."""
+"""Image processor of GreenMIM: that of ViT, for models of one channel and images of any mode too."""
 
-import numpy as np
-from PIL import Image
+import os
+from os import PathLike
+
+from PIL import Image, ImageOps
 from transformers import ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .configuration_greenmim import GreenMIMConfig
+from .pixels import to_8_bit
 
 
 class GreenMIMImageProcessorPil(ViTImageProcessorPil):
-    """ViT's image processor, which makes a PIL image grey if `image_mean` has one number, and RGB if it has three.
+    """ViT's image processor for images of any mode: upright, 8-bit, grey if `image_mean` has one number, else RGB.
 
-    Pipelines hand RGB images even to models of grey ones, and grey images may come to models of RGB.
+    Training converts by the same function. Pipelines hand over RGB images, grey models' ones too, which agree with
+    training but for images of more than 8 bits: those go through `open_image` first.
     """
 
+    @staticmethod
+    def open_image(source: str | PathLike | Image.Image) -> Image.Image:
+        """Upright 8-bit image, grey or RGB, of a file or of an image of any mode; see `to_8_bit`.
+
+        For pipelines, which make images of 16 bits white: `pipe(pipe.image_processor.open_image("scan.png"))`.
+        """
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        return to_8_bit(ImageOps.exif_transpose(image))
+
+    def fetch_images(self, image_url_or_urls):
+        """Opens files; `load_image`, which the parent calls, makes images of 16 bits white. The rest is its own."""
+        if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
+            return self.open_image(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
     def process_image(self, image, *args, **kwargs):
-        """An image -> array `(channels, height, width)`; of 16-bit images the upper byte counts."""
+        """An image -> array `(channels, height, width)`; arrays are taken as they are."""
         if isinstance(image, Image.Image):
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             is_grey = isinstance(self.image_mean, (list, tuple)) and len(self.image_mean) == 1
-            image = image.convert("L" if is_grey else "RGB")
+            image = self.open_image(image).convert("L" if is_grey else "RGB")
         return super().process_image(image, *args, **kwargs)
 
     def to_dict(self) -> dict:

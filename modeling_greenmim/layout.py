@@ -4,8 +4,8 @@
 Inside the encoder tokens are unit-major and *nested*: `(batch, visible units * tokens of a unit, channels)`, where the
 tokens of a unit follow a Z-order curve whose runs of four are the 2x2 blocks that patch merging joins, recursively.
 The row bit is the lowest, so a run of four is (0,0), (1,0), (0,1), (1,1): the order in which Swin concatenates, and
-merging is a reshape. A *place* is a token's number in raster order of its stage's grid; nested order
-never leaves the model.
+merging is a reshape. A token's *raster index* is its number in raster order of its stage's grid, `row * columns +
+column`; nested order never leaves the model.
 """
 
 from functools import lru_cache
@@ -65,8 +65,8 @@ def nested_patches(
 
 
 @lru_cache(maxsize=256)
-def _nested_places(unit_grid: tuple[int, int], side: int) -> np.ndarray:
-    """`row * columns + column` of each token of each unit, `(num_units, side**2)`."""
+def _nested_raster_index(unit_grid: tuple[int, int], side: int) -> np.ndarray:
+    """Raster index of each token of each unit, `(num_units, side**2)`."""
     position = np.arange(side * side)
     rows, columns = np.zeros_like(position), np.zeros_like(position)
     for bit in range(side.bit_length() - 1):
@@ -77,17 +77,17 @@ def _nested_places(unit_grid: tuple[int, int], side: int) -> np.ndarray:
     return (rows * (unit_grid[1] * side) + columns).astype(np.int32)
 
 
-def token_places(visible_units: np.ndarray, unit_grid: tuple[int, int], side: int) -> np.ndarray:
-    """Places of the visible tokens on the grid of a stage whose units have `side * side` tokens.
+def token_raster_index(visible_units: np.ndarray, unit_grid: tuple[int, int], side: int) -> np.ndarray:
+    """Raster index of the visible tokens on the grid of a stage whose units have `side * side` tokens.
 
     Args:
         visible_units: `(masks, num_visible)`.
         unit_grid: rows and columns of units.
 
     Returns:
-        `row * columns + column` of each token in nested order, `(masks, num_visible * side**2)`.
+        `(masks, num_visible * side**2)`, tokens in nested order.
     """
-    return _nested_places(unit_grid, side)[visible_units].reshape(len(visible_units), -1)
+    return _nested_raster_index(unit_grid, side)[visible_units].reshape(len(visible_units), -1)
 
 
 def take_tokens(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -28,11 +28,13 @@ def visible_units_from_noise(noise: torch.Tensor, num_units: int, batch_size: in
     Raises:
         `ValueError`: for another shape, or a ratio that leaves nothing visible or nothing masked.
     """
-    if noise.ndim != 2 or noise.shape[0] not in (1, batch_size) or noise.shape[1] != num_units:
+    if noise.ndim != 2 or not _fits(noise.shape[0], batch_size) or noise.shape[1] != num_units:
         raise ValueError(
             f"`noise` has shape {tuple(noise.shape)}, but this input needs (1 or {batch_size}, {num_units}):"
-            " one row per mask, one value per mask unit."
+            " one row per mask, at least one, and one value per mask unit."
         )
+    if not 0 <= mask_ratio <= 1:
+        raise ValueError(f"`mask_ratio` is {mask_ratio}, but it must be between 0 and 1.")
     num_visible = count_visible_units(num_units, mask_ratio)
     if not 0 < num_visible < num_units:
         raise ValueError(
@@ -75,13 +77,17 @@ def visible_units_from_mask(
     return (~masked).nonzero()[:, 1].view(masked.shape[0], -1)
 
 
+def _fits(num_masks: int, batch_size: int) -> bool:
+    return num_masks > 0 and num_masks in (1, batch_size)
+
+
 def _masked_units(mask: torch.Tensor, unit_grid: tuple[int, int], patches_per_side: int, batch_size: int):
     rows, columns = unit_grid
     num_units, num_patches = rows * columns, rows * columns * patches_per_side**2
-    if mask.ndim != 2 or mask.shape[0] not in (1, batch_size) or mask.shape[1] not in (num_units, num_patches):
+    if mask.ndim != 2 or not _fits(mask.shape[0], batch_size) or mask.shape[1] not in (num_units, num_patches):
         raise ValueError(
             f"`bool_masked_pos` has shape {tuple(mask.shape)}, but this input needs (1 or {batch_size}, {num_units})"
-            f" (one value per mask unit) or (1 or {batch_size}, {num_patches}) (one per patch)."
+            f" (one value per mask unit) or (1 or {batch_size}, {num_patches}) (one per patch), and at least one row."
         )
     if mask.dtype != torch.bool:
         if not ((mask == 0) | (mask == 1)).all():

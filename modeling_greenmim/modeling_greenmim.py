@@ -12,18 +12,25 @@ from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .attention import GreenMIMWindowAttention
+from .blocks import GreenMIMEmbeddings
+from .compat import ConvertsWhenLoading
 from .configuration_greenmim import GreenMIMConfig
 from .decoder import GreenMIMDecoder, reconstruction_loss
-from .grouping import MaskPlan, StagePlan, backbone_of, plan_all_visible, plan_mask
+from .encoders import ENCODERS
 from .layout import patchify, take_tokens, unpatchify
 from .masking import sample_noise, unit_mask, visible_units_from_mask, visible_units_from_noise
+from .planning import backbone_of, plan_dense, plan_mask
+from .plans import MaskPlan, StagePlan
 from .resizing import BiasTableResizing
-from .swin import GreenMIMEmbeddings, GreenMIMSwinEncoder
-from .twins import GreenMIMTwinsEncoder
+from .targets import TARGETS
+
+
+# Keyword arguments that Transformers, its Trainer and its pipelines hand to any model, whether it needs them or not.
+# Sizes other than the configuration's need no `interpolate_pos_encoding` here.
+PASSED_TO_ANY_MODEL = {*TransformersKwargs.__annotations__, "interpolate_pos_encoding"}
 
 
 @dataclass
@@ -43,7 +50,8 @@ class GreenMIMModelOutput(ModelOutput):
             Embeddings, then each stage's output after merging, `(batch_size, num_tokens, width)`.
         attentions (`tuple(torch.Tensor)`, *optional*, returned when `output_attentions=True`):
             Attention weights of each stage's last block, `(batch_size, num_heads, num_tokens, num_tokens)`, 0 across
-            windows; of Twins' global attention `(batch_size, num_heads, num_tokens, num_visible)`.
+            windows; of Twins' global attention `(batch_size, num_heads, num_tokens, num_visible)`. Empty but for
+            attn_implementation "eager", the only one that keeps them.
         reshaped_hidden_states (`tuple(torch.Tensor)`, *optional*, with `hidden_states` when no unit is masked):
             The hidden states as maps `(batch_size, width, height, width)`.
     """
@@ -62,9 +70,10 @@ class GreenMIMForPreTrainingOutput(ModelOutput):
     """Outputs of `GreenMIMForPreTraining`.
 
     Args:
-        loss (`torch.Tensor`): Mean squared error of the masked units' pixels.
-        logits (`torch.Tensor` of shape `(batch_size, num_units, unit**2 * num_channels)`):
-            Predicted pixels of every unit in (row, column, channel) order, normalised if `norm_pix_loss` is set.
+        loss (`torch.Tensor`): Mean squared error of the masked units' targets.
+        logits (`torch.Tensor` of shape `(batch_size, num_units, target_width)`):
+            Predicted targets of every unit; of pixels `unit**2 * num_channels` in (row, column, channel) order,
+            normalised if `norm_pix_loss` is set.
         mask (`torch.Tensor` of shape `(batch_size, num_units)`): 1 for masked units, 0 for visible ones.
         hidden_states, attentions: as in `GreenMIMModelOutput`.
     """
@@ -93,7 +102,7 @@ class GreenMIMImageClassifierOutput(ModelOutput):
     reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
-class GreenMIMPreTrainedModel(PreTrainedModel):
+class GreenMIMPreTrainedModel(ConvertsWhenLoading, PreTrainedModel):
     """Weight initialisation and what Transformers needs to know of every GreenMIM model.
 
     `from_pretrained` accepts another `image_size` or `window_size` than the checkpoint's: the position bias tables of
@@ -111,6 +120,7 @@ class GreenMIMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _input_embed_layer = "patch_embeddings"
+    load_conversion = BiasTableResizing
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -118,26 +128,16 @@ class GreenMIMPreTrainedModel(PreTrainedModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, (GreenMIMWindowAttention, GreenMIMDecoder)):
-            module.initialize_weights()
+        elif hasattr(module, "draw_weights"):
+            module.draw_weights()
         else:
             super()._init_weights(module)
 
-    @classmethod
-    def _load_pretrained_model(cls, model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        """Loads weights as Transformers does, with position bias tables resized to the model's windows.
-
-        Files and `state_dict` alike pass here. Parallel loading onto a device mesh is left alone: it hands out parts
-        of tables, and a table of another window is a size mismatch there.
-        """
-        load = super()._load_pretrained_model
-        if load_config.device_mesh is not None:
-            return load(model, state_dict, checkpoint_files, load_config, expected_keys)
-        resizing = BiasTableResizing()
-        loaded = load(model, state_dict, checkpoint_files, resizing.added_to(load_config), expected_keys)
-        model._weight_conversions = resizing.removed_from(model._weight_conversions)
-        resizing.report(load_config, model.config)
-        return loaded
+    def _refuse_unknown(self, arguments: dict) -> None:
+        """Refuses keyword arguments that would change nothing, such as misspelt ones."""
+        unknown = [name for name in arguments if name not in PASSED_TO_ANY_MODEL]
+        if unknown:
+            raise TypeError(f"{type(self).__name__}.forward() has no argument {', '.join(map(repr, unknown))}.")
 
     def _check_pixel_values(self, pixel_values: torch.Tensor | None) -> None:
         if pixel_values is None:
@@ -148,6 +148,8 @@ class GreenMIMPreTrainedModel(PreTrainedModel):
                 f"`pixel_values` has shape {tuple(pixel_values.shape)}; the configuration needs"
                 f" (batch, {channels}, height, width)."
             )
+        if pixel_values.shape[0] == 0:
+            raise ValueError(f"`pixel_values` has shape {tuple(pixel_values.shape)}; at least one image is needed.")
 
     def _unit_grid(self, pixel_values: torch.Tensor | None) -> tuple[int, int]:
         """Rows and columns of mask units of images whose shape and size fit."""
@@ -177,8 +179,7 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
     def __init__(self, config: GreenMIMConfig):
         super().__init__(config)
         self.embeddings = GreenMIMEmbeddings(config)
-        encoder_class = GreenMIMTwinsEncoder if config.backbone_type == "twins" else GreenMIMSwinEncoder
-        self.encoder = encoder_class(config)
+        self.encoder = ENCODERS[config.backbone_type](config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -205,26 +206,30 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
                 mask, or `config.mask_ratio` when `noise` is given.
             plan: a mask with its plans, made by `plan_mask` ahead of time and on the device of the images, instead of
                 any of these: nothing is planned here then, and no device is waited for.
-            output_attentions: whether to return attention weights (attn_implementation "eager" only).
+            output_attentions: whether to return attention weights, which attn_implementation "eager" alone keeps.
             output_hidden_states: whether to return the hidden states of all stages.
 
         Raises:
             `ValueError`: for wrong shapes, sizes or masks, naming the argument.
+            `TypeError`: for keyword arguments that are not known.
         """
+        self._refuse_unknown(kwargs)
         unit_grid = self._unit_grid(pixel_values)
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         needs_raster = output_hidden_states or output_attentions
-        if plan is None:
-            plan = self._plan(pixel_values, unit_grid, bool_masked_pos, noise, mask_ratio, needs_raster)
-        elif any(choice is not None for choice in (bool_masked_pos, noise, mask_ratio)):
-            raise ValueError(
-                "`plan` says what is masked; `bool_masked_pos`, `noise` and `mask_ratio` cannot be given too."
-            )
-        else:
+        is_masked = any(choice is not None for choice in (bool_masked_pos, noise, mask_ratio))
+        if plan is not None:
+            if is_masked:
+                raise ValueError(
+                    "`plan` says what is masked; `bool_masked_pos`, `noise` and `mask_ratio` cannot be given too."
+                )
             _check_plan(plan, self.config, unit_grid, pixel_values.shape[0], needs_raster)
-        visible, plans = plan.visible_units, plan.stages
+        elif is_masked:
+            plan = self._plan(pixel_values, unit_grid, bool_masked_pos, noise, mask_ratio, needs_raster)
+        visible = None if plan is None else plan.visible_units
+        plans = plan.stages if plan else plan_dense(self.config, pixel_values.shape[2:], pixel_values.device)
 
         embeddings = self.embeddings(pixel_values, visible)
         encoded = self.encoder(embeddings, plans, output_attentions=output_attentions)
@@ -232,7 +237,7 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
         hidden_states = reshaped = mask = None
         if output_hidden_states:
             states = list(zip((*encoded.stage_inputs, encoded.stage_outputs[-1]), (*plans, plans[-1])))
-            hidden_states = tuple(take_tokens(state, plan.raster) for state, plan in states)
+            hidden_states = tuple(take_tokens(state, plan.raster_order) for state, plan in states)
             if visible is None:
                 reshaped = tuple(_to_map(state, plan) for state, plan in states)
         if visible is not None:
@@ -248,14 +253,10 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
         )
 
     @torch.compiler.disable
-    def _plan(self, pixel_values, unit_grid, bool_masked_pos, noise, mask_ratio, raster: bool) -> MaskPlan:
-        """Plan on the device of the images."""
-        device = pixel_values.device
+    def _plan(self, pixel_values, unit_grid, bool_masked_pos, noise, mask_ratio, raster: bool) -> MaskPlan | None:
+        """Plan of a mask on the device of the images; None when every unit is visible."""
         visible = self._visible_units(unit_grid, pixel_values.shape[0], bool_masked_pos, noise, mask_ratio)
-        if visible is None:
-            patch_grid = tuple(side // self.config.patch_size for side in pixel_values.shape[2:])
-            return MaskPlan(None, _plan_all_visible(self.config, patch_grid, device), backbone_of(self.config))
-        return plan_mask(self.config, visible, unit_grid, raster).to(device)
+        return None if visible is None else plan_mask(self.config, visible, unit_grid, raster).to(pixel_values.device)
 
     def _visible_units(self, unit_grid, batch_size, bool_masked_pos, noise, mask_ratio) -> torch.Tensor | None:
         """Visible units on the CPU, `(1 or batch_size, num_visible)`; None when every unit is visible."""
@@ -268,15 +269,9 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
             patches_per_side = self.config.encoder_stride // self.config.patch_size
             visible = visible_units_from_mask(bool_masked_pos, unit_grid, patches_per_side, batch_size)
             return None if visible.shape[1] == num_units else visible
-        if noise is None and mask_ratio is None:
-            return None
         noise = sample_noise(num_units) if noise is None else noise
         mask_ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
         return visible_units_from_noise(noise, num_units, batch_size, mask_ratio)
-
-
-def _plan_all_visible(config: GreenMIMConfig, patch_grid: tuple[int, int], device) -> tuple[StagePlan, ...]:
-    return plan_all_visible(patch_grid, config.stage_windows, device, config.backbone_type == "twins")
 
 
 def _check_plan(plan: MaskPlan, config: GreenMIMConfig, unit_grid, batch_size: int, needs_raster: bool) -> None:
@@ -291,17 +286,17 @@ def _check_plan(plan: MaskPlan, config: GreenMIMConfig, unit_grid, batch_size: i
         raise ValueError(
             f"`plan` has {masks} masks, but the batch has {batch_size} images; one or as many are needed."
         )
-    if needs_raster and plan.stages[0].raster is None:
+    if needs_raster and plan.stages[0].raster_order is None:
         raise ValueError("`plan` was made without `raster=True`, which hidden states and attention weights need.")
 
 
 def _to_map(tokens: torch.Tensor, plan: StagePlan) -> torch.Tensor:
     """All tokens of a stage in nested order -> map `(batch, width, *plan.grid)`, without padding."""
-    return take_tokens(tokens, plan.raster).unflatten(1, plan.grid).permute(0, 3, 1, 2).contiguous()
+    return take_tokens(tokens, plan.raster_order).unflatten(1, plan.grid).permute(0, 3, 1, 2).contiguous()
 
 
 class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
-    """The encoder on visible units with a decoder that predicts the pixels of the masked ones.
+    """The encoder on visible units with a decoder that predicts the masked ones: `config.reconstruction_target`.
 
     Args:
         config ([`GreenMIMConfig`]): Configuration of the model.
@@ -310,7 +305,8 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
     def __init__(self, config: GreenMIMConfig):
         super().__init__(config)
         self.greenmim = GreenMIMModel(config)
-        self.decoder = GreenMIMDecoder(config)
+        self.target = TARGETS[config.reconstruction_target](config)
+        self.decoder = GreenMIMDecoder(config, self.target.width)
         self.post_init()
 
     def patchify(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -359,29 +355,38 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         bool_masked_pos: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
+        mask_ratio: float | None = None,
         plan: MaskPlan | None = None,
+        targets: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> GreenMIMForPreTrainingOutput:
-        """Predicts the pixels of masked units; by default one random mask of `config.mask_ratio` serves the batch.
+        """Predicts masked units; by default one random mask of `config.mask_ratio` serves the batch.
 
         Args:
             pixel_values: `(batch_size, num_channels, height, width)`; each side a multiple of the mask unit.
             bool_masked_pos: `(1 or batch_size, num_units)` or `(1 or batch_size, num_patches)`; 1 or True = masked.
             noise: `(1 or batch_size, num_units)`; the units of lowest noise stay visible.
+            mask_ratio: share of units to mask, at random or by `noise`; default: `config.mask_ratio`.
             plan: a mask with its plans, instead of these; see `GreenMIMModel`.
+            targets: `(batch_size, num_units, target_width)`, what is to be predicted of every unit, made ahead;
+                default: what `config.reconstruction_target` makes of the images.
             output_attentions, output_hidden_states: as in `GreenMIMModel`.
 
         Raises:
             `ValueError`: for wrong shapes, sizes or masks, naming the argument.
+            `TypeError`: for keyword arguments that are not known.
         """
+        self._refuse_unknown(kwargs)
         unit_grid = self._unit_grid(pixel_values)
+        if mask_ratio is None and bool_masked_pos is None and plan is None:
+            mask_ratio = self.config.mask_ratio
         outputs = self.greenmim(
             pixel_values,
             bool_masked_pos=bool_masked_pos,
             noise=noise,
-            mask_ratio=self.config.mask_ratio if bool_masked_pos is None and plan is None else None,
+            mask_ratio=mask_ratio,
             plan=plan,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -389,9 +394,12 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
         if outputs.mask is None:
             raise ValueError("`bool_masked_pos` masks no unit; pre-training needs at least one masked unit.")
         logits = self.decoder(outputs.last_hidden_state, outputs.visible_units, unit_grid)
-        patches = patchify(pixel_values, self.config.encoder_stride)
+        if targets is None:
+            targets = self.target.targets(pixel_values)
+        elif targets.shape != logits.shape:
+            raise ValueError(f"`targets` has shape {tuple(targets.shape)}, but {tuple(logits.shape)} is predicted.")
         return GreenMIMForPreTrainingOutput(
-            loss=reconstruction_loss(logits, patches, outputs.mask, self.config.norm_pix_loss),
+            loss=reconstruction_loss(logits, targets, outputs.mask),
             logits=logits,
             mask=outputs.mask,
             hidden_states=outputs.hidden_states,
@@ -436,7 +444,12 @@ class GreenMIMForImageClassification(GreenMIMPreTrainedModel):
             pixel_values: `(batch_size, num_channels, height, width)`; each side a multiple of the mask unit.
             labels: `(batch_size,)` class numbers, or targets of a regression when `num_labels` is 1.
             output_attentions, output_hidden_states: as in `GreenMIMModel`.
+
+        Raises:
+            `ValueError`: for images of wrong shapes or sizes.
+            `TypeError`: for keyword arguments that are not known.
         """
+        self._refuse_unknown(kwargs)
         outputs = self.greenmim(
             pixel_values, output_attentions=output_attentions, output_hidden_states=output_hidden_states
         )
@@ -467,7 +480,7 @@ class GreenMIMBackbone(BackboneMixin, GreenMIMPreTrainedModel):
     def __init__(self, config: GreenMIMConfig):
         super().__init__(config)
         self.greenmim = GreenMIMModel(config)
-        self.num_features = [config.embed_dim] + [config.embed_dim * 2**stage for stage in range(len(config.depths))]
+        self.num_features = [config.embed_dim, *config.stage_widths]
         self.hidden_states_norms = nn.ModuleDict(
             {
                 name: nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -494,11 +507,16 @@ class GreenMIMBackbone(BackboneMixin, GreenMIMPreTrainedModel):
 
         Returns:
             `feature_maps`: for each of `out_features` a map `(batch_size, channels, height, width)`.
+
+        Raises:
+            `ValueError`: for images of a wrong shape.
+            `TypeError`: for keyword arguments that are not known.
         """
+        self._refuse_unknown(kwargs)
         self._check_pixel_values(pixel_values)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        plans = self._plans(tuple(pixel_values.shape[2:]), pixel_values.device)
+        plans = plan_dense(self.config, pixel_values.shape[2:], pixel_values.device)
         unit = self.config.encoder_stride
         padding = (0, -pixel_values.shape[3] % unit, 0, -pixel_values.shape[2] % unit)
         embeddings = self.greenmim.embeddings(nn.functional.pad(pixel_values, padding), None)
@@ -517,11 +535,6 @@ class GreenMIMBackbone(BackboneMixin, GreenMIMPreTrainedModel):
 
     def _norm(self, name: str) -> nn.Module:
         return self.greenmim.layernorm if name == self.stage_names[-1] else self.hidden_states_norms[name]
-
-    @torch.compiler.disable
-    def _plans(self, image_size: tuple[int, int], device: torch.device) -> tuple[StagePlan, ...]:
-        patch_grid = tuple(-(-side // self.config.patch_size) for side in image_size)
-        return _plan_all_visible(self.config, patch_grid, device)
 
 
 __all__ = [

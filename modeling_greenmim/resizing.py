@@ -4,14 +4,14 @@
 [Swin Transformer: Hierarchical Vision Transformer using Shifted Windows](https://huggingface.co/papers/2103.14030).
 """
 
-import dataclasses
 import math
 import re
 
 import torch
 from torch import nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.utils import logging
+
+from .compat import LoadConversion
 
 
 logger = logging.get_logger(__name__)
@@ -48,8 +48,8 @@ def window_of_table(table: torch.Tensor) -> int | None:
     return (side + 1) // 2 if side % 2 == 1 and side**2 == table.shape[0] else None
 
 
-class BiasTableResizing(ConversionOps):
-    """Resizes tables of other windows while Transformers loads a checkpoint. One object serves one load.
+class BiasTableResizing(LoadConversion):
+    """Resizes tables of other windows while a checkpoint is loaded. One object serves one load.
 
     The old window is inferred from the table: the checkpoint's configuration is not needed. A table that fits stays as
     it is, and so does one that cannot be resized: Transformers then reports its shape as it does for other weights.
@@ -59,12 +59,11 @@ class BiasTableResizing(ConversionOps):
         malformed: shapes of the tables, by name, that belong to no window.
     """
 
+    weight_name = BIAS_TABLE
+
     def __init__(self):
         self.windows: dict[int, tuple[int, int]] = {}
         self.malformed: dict[str, tuple[int, ...]] = {}
-
-    def __deepcopy__(self, memo) -> "BiasTableResizing":
-        return self  # Transformers copies a converter for each weight; the account of a load is one
 
     @torch.no_grad()
     def convert(self, input_dict, full_layer_name: str, config, **kwargs) -> dict[str, torch.Tensor]:
@@ -80,22 +79,13 @@ class BiasTableResizing(ConversionOps):
             table = resize_bias_table(table, new)
         return {BIAS_TABLE: table}
 
-    def added_to(self, load_config):
-        """A copy of Transformers' `LoadStateDictConfig` with this conversion, for this load alone."""
-        converter = WeightConverter(BIAS_TABLE, BIAS_TABLE, operations=[self])
-        return dataclasses.replace(load_config, weight_mapping=[*(load_config.weight_mapping or []), converter])
-
-    def removed_from(self, conversions: list) -> list:
-        """The conversions that saving must revert: all but this one, for tables are saved as the model has them."""
-        return [conversion for conversion in conversions if self not in getattr(conversion, "operations", [])]
-
-    def report(self, load_config, config) -> None:
+    def report(self, source: str, config, ignore_mismatched_sizes: bool) -> None:
         """Logs one line if tables were resized.
 
         Raises:
             `ValueError`: for tables of no window, unless `ignore_mismatched_sizes` asks for new ones.
         """
-        if self.malformed and not load_config.ignore_mismatched_sizes:
+        if self.malformed and not ignore_mismatched_sizes:
             shapes = ", ".join(f"`{name}` of shape {shape}" for name, shape in self.malformed.items())
             raise ValueError(
                 f"The checkpoint has {shapes}; a window w has a table of shape ((2 * w - 1) ** 2, num_heads), such as"
@@ -106,6 +96,5 @@ class BiasTableResizing(ConversionOps):
                 f"{config.stage_names[stage + 1]} {old} -> {new}" for stage, (old, new) in sorted(self.windows.items())
             )
             logger.warning(
-                f"{load_config.pretrained_model_name_or_path or 'state_dict'}: position bias tables were interpolated"
-                f" (bicubic) to the windows of this model: {changes}."
+                f"{source}: position bias tables were interpolated (bicubic) to the windows of this model: {changes}."
             )

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from .attention import GreenMIMWindowAttention, attend, raster_attention_weights
+from .blocks import GreenMIMBlock, GreenMIMEncoder
 from .configuration_greenmim import GreenMIMConfig
-from .grouping import StagePlan
-from .swin import GreenMIMBlock, GreenMIMSwinEncoder
+from .plans import StagePlan
 
 
 class GreenMIMTwinsGlobalAttention(nn.Module):
@@ -67,7 +67,7 @@ class GreenMIMTwinsPositionEncoding(nn.Module):
         batch, _, width = hidden_states.shape
         tokens = hidden_states if plan.inside is None else hidden_states * plan.inside
         rows, columns = plan.padded_grid
-        index = plan.places[:, :, None].expand_as(tokens)
+        index = plan.raster_index[:, :, None].expand_as(tokens)
         grid = tokens.new_zeros(batch, rows * columns, width).scatter(1, index, tokens)
         encoded = self.conv(grid.transpose(1, 2).unflatten(2, plan.padded_grid))
         return hidden_states + encoded.flatten(2).transpose(1, 2).gather(1, index)
@@ -92,11 +92,8 @@ class GreenMIMTwinsStage(nn.Module):
 
     def __init__(self, config: GreenMIMConfig, stage: int, window_size: int, drop_path_rates: list[float]):
         super().__init__()
-        width, num_heads, stages_left = (
-            config.embed_dim * 2**stage,
-            config.num_heads[stage],
-            len(config.depths) - 1 - stage,
-        )
+        width, num_heads = config.stage_widths[stage], config.num_heads[stage]
+        stages_left = len(config.depths) - 1 - stage
 
         def attention(block: int) -> nn.Module:
             if block % 2:
@@ -123,12 +120,14 @@ class GreenMIMTwinsStage(nn.Module):
     def raster_weights(self, weights: torch.Tensor, plan: StagePlan) -> torch.Tensor:
         """The last block's weights in raster order: `(batch, heads, num_tokens, num_tokens or num_visible)`."""
         if len(self.blocks) % 2:
-            return raster_attention_weights(weights, plan.groups[0], plan.raster)
-        tokens = plan.raster % weights.shape[2]  # counted in each plan, not through all
+            return raster_attention_weights(weights, plan.groups[0], plan.raster_order)
+        tokens = plan.raster_order % weights.shape[2]  # counted in each plan, not through all
         return torch.take_along_dim(weights, tokens[:, None, :, None], dim=2)
 
 
-class GreenMIMTwinsEncoder(GreenMIMSwinEncoder):
+class GreenMIMTwinsEncoder(GreenMIMEncoder):
     """The stages of a Twins-SVT, on visible tokens only."""
 
     stage_class = GreenMIMTwinsStage
+    needs_raster_index = True
+    sizes = {"twins-large": {}}

@@ -19,9 +19,18 @@ from training_greenmim.classification.augmentation import (
     cutmix,
     parse_rand_augment,
 )
+from training_greenmim.data.scaling import PixelScaling
 
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def scaling(mean, std) -> PixelScaling:
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
+    return PixelScaling(mean, std, list(range(len(mean))))
+
+
+SCALING = scaling(MEAN, STD)
 RECIPE = "m9-n2-mstd0.5-inc1"
 # Sides differ, so that a confusion of rows and columns shows.
 WIDTH, HEIGHT = 120, 90
@@ -256,7 +265,7 @@ def test_erasing_hits_a_quarter_of_the_images_and_leaves_the_rest_alone():
     hit = masks.any((1, 2))
     assert hit.mean() == pytest.approx(0.25, abs=0.03)
     assert (images[torch.from_numpy(~hit)] == 100).all()
-    assert BatchAugmentation(None, 0, 0.25, MEAN, STD).erase.p == 0.25
+    assert BatchAugmentation(None, 0, 0.25, SCALING).erase.p == 0.25
 
 
 def random_images(batch=8, channels=3, size=(32, 24)) -> torch.Tensor:
@@ -269,7 +278,7 @@ def test_with_everything_off_images_are_only_normalised(channels):
     mean, std = MEAN[:channels], STD[:channels]
     expected = (images.numpy() / 255 - np.reshape(mean, (-1, 1, 1))) / np.reshape(std, (-1, 1, 1))
     for given in (images, images / 255):
-        result = BatchAugmentation(None, 0.0, 0.0, mean, std)(given)
+        result = BatchAugmentation(None, 0.0, 0.0, scaling(mean, std))(given)
         np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -278,14 +287,14 @@ def test_color_jitter_plays_no_part_beside_rand_augment():
     results = []
     for jitter in (0.0, 0.4):
         torch.manual_seed(3)
-        results.append(BatchAugmentation(RECIPE, jitter, 0.25, MEAN, STD)(images))
+        results.append(BatchAugmentation(RECIPE, jitter, 0.25, SCALING)(images))
     assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_color_jitter_is_pillows(channels):
     images = random_images(batch=4, channels=channels)
-    augmentation = BatchAugmentation(None, 0.4, 0.0, [0.0] * channels, [1.0] * channels)
+    augmentation = BatchAugmentation(None, 0.4, 0.0, scaling([0.0] * channels, [1.0] * channels))
     torch.manual_seed(0)
     result = augmentation(images)
     params = augmentation.distort._params
@@ -308,7 +317,7 @@ def test_color_jitter_is_pillows(channels):
 def test_seed_repeats_a_call_and_images_draw_for_themselves(rand_augment, jitter, channels):
     images = random_images(batch=1, channels=channels).expand(24, -1, -1, -1)
     before = images.clone()
-    augmentation = BatchAugmentation(rand_augment, jitter, 0.25, MEAN[:channels], STD[:channels])
+    augmentation = BatchAugmentation(rand_augment, jitter, 0.25, scaling(MEAN[:channels], STD[:channels]))
     torch.manual_seed(11)
     first, other = augmentation(images), augmentation(images)
     torch.manual_seed(11)
@@ -326,9 +335,8 @@ def test_grey_and_rgb_images_of_the_same_grey_are_augmented_alike():
     for images in (grey, grey.expand(-1, 3, -1, -1)):
         torch.manual_seed(2)
         channels = images.shape[1]
-        results.append(
-            BatchAugmentation("m9-n2-mstd0.5-p1-inc1", 0.0, 0.0, [0.5] * channels, [0.25] * channels)(images)
-        )
+        given = scaling([0.5] * channels, [0.25] * channels)
+        results.append(BatchAugmentation("m9-n2-mstd0.5-p1-inc1", 0.0, 0.0, given)(images))
     torch.testing.assert_close(results[0].expand(-1, 3, -1, -1), results[1], rtol=0, atol=0.02)
 
 
@@ -338,14 +346,13 @@ def test_grey_and_rgb_images_of_the_same_grey_are_augmented_alike():
         ({"color_jitter": -0.1}, r"`color_jitter` is -0\.1"),
         ({"random_erasing": 1.5}, r"`random_erasing` is 1\.5"),
         ({"rand_augment": "m9"}, "`rand_augment` is 'm9'"),
-        ({"mean": [0.5] * 4, "std": [0.5] * 4}, "`mean` is .*one number, or three"),
-        ({"std": [0.5]}, "`mean` is .* and `std` is"),
+        ({"scaling": scaling([0.5] * 4, [0.5] * 4)}, "`scaling` has 4 channels; images have 1"),
     ],
 )
 def test_bad_settings_are_refused_by_name(kwargs, message):
     with pytest.raises(ValueError, match=message):
         BatchAugmentation(
-            **{"rand_augment": None, "color_jitter": 0, "random_erasing": 0, "mean": MEAN, "std": STD, **kwargs}
+            **{"rand_augment": None, "color_jitter": 0, "random_erasing": 0, "scaling": SCALING, **kwargs}
         )
 
 
@@ -359,7 +366,7 @@ def test_bad_settings_are_refused_by_name(kwargs, message):
 )
 def test_bad_images_are_refused(images, message):
     with pytest.raises(ValueError, match=message):
-        BatchAugmentation(None, 0, 0, MEAN, STD)(images)
+        BatchAugmentation(None, 0, 0, SCALING)(images)
 
 
 def mixing_batch(batch=6, channels=3, size=(20, 30)):

@@ -114,12 +114,12 @@ def test_augmentation_is_for_training_alone(tmp_path):
     trainer = make_trainer(tmp_path, rand_augment="m9-n2-mstd0.5-inc1", random_erasing=1.0, mixup=0.8, cutmix=1.0)
     batch = next(iter(trainer.get_eval_dataloader()))
     trainer.model.eval()
-    _, logits, labels = trainer.prediction_step(trainer.model, batch, False)
+    _, (logits, readable), labels = trainer.prediction_step(trainer.model, batch, False)
     plain = (batch["pixel_values"] / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
         [0.229, 0.224, 0.225]
     ).view(3, 1, 1)
     torch.testing.assert_close(logits, trainer.model(plain).logits.detach())
-    assert labels.tolist() == [0, 1, 2, 0]
+    assert labels.tolist() == [0, 1, 2, 0] and readable.all()
     seen = []
     trainer.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
@@ -182,6 +182,51 @@ def test_schedule_is_logged(tmp_path):
     assert logged(trainer, "learning_rate") == pytest.approx([first, (first + peak) / 2, *cosine])
 
 
+def rates_of(trainer, total_steps: int) -> list[float]:
+    trainer.create_optimizer_and_scheduler(total_steps)
+    rates = []
+    for _ in range(total_steps):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    return rates
+
+
+def test_other_schedules_are_transformers(tmp_path):
+    linear = make_trainer(tmp_path, lr_scheduler_type="linear", warmup_steps=2)
+    assert rates_of(linear, 6) == pytest.approx([0, 0.005, 0.01, 0.0075, 0.005, 0.0025])
+    constant = make_trainer(tmp_path, lr_scheduler_type="constant")
+    assert rates_of(constant, 6) == pytest.approx([0.01] * 6)
+    options = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.5}}
+    lowest = make_trainer(tmp_path, **options, layer_decay=0.5)
+    assert rates_of(lowest, 5)[-1] == pytest.approx(0.01 * (0.5 + 0.5 * (1 + math.cos(math.pi * 0.8)) / 2))
+
+
+def test_a_second_training_has_a_schedule_of_its_own(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3)
+    trainer.train()
+    trainer.train()
+    rates = logged(trainer, "learning_rate")
+    assert rates[:3] == rates[-3:] and rates[0] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr_scheduler_type": "linear", "min_learning_rate": 1e-5}, "`min_learning_rate` is 1e-05, but .*'linear'"),
+        ({"lr_scheduler_type": "linear", "warmup_learning_rate": 1e-5}, "`warmup_learning_rate` is 1e-05"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 0.1}, r"`warmup_steps` is 0\.1, but .*'constant'"),
+        (
+            {"lr_scheduler_kwargs": {"num_cycles": 2}},
+            "`lr_scheduler_kwargs` is .* but .*'cosine'",
+        ),
+    ],
+)
+def test_what_a_schedule_cannot_honour_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        ClassificationTrainingArguments(**{"output_dir": str(tmp_path), "use_cpu": True, "warmup_steps": 0, **changes})
+
+
 def test_optimizer_is_adamw_or_lars(tmp_path):
     adamw = make_trainer(tmp_path).create_optimizer()
     assert type(adamw).__name__ == "AdamW" and {group["betas"] for group in adamw.param_groups} == {(0.9, 0.999)}
@@ -225,7 +270,9 @@ def test_repeated_augmentation_draws_fewer_images_anew_each_time(tmp_path):
 def test_an_unreadable_image_is_replaced_together_with_its_label(tmp_path):
     trainer = make_trainer(tmp_path)
     data = ImageDataset(records(6, broken=(1, 2)), "image", EvalTransform((32, 32), 3), 0, "label")
-    assert data[1]["labels"] == 0 and torch.equal(data[1]["pixel_values"], data[3]["pixel_values"])
+    replaced, others = data[1], [data[index] for index in (0, 3, 4, 5)]
+    [same] = [other for other in others if torch.equal(other["pixel_values"], replaced["pixel_values"])]
+    assert same["labels"] == replaced["labels"]
     trainer.train_dataset = data
     trainer.train()
     assert len(trainer.unreadable) == 2
@@ -242,12 +289,14 @@ class Watcher(nn.Module):
         self.config = config
         self.frozen = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.BatchNorm2d(4), nn.Dropout(0.5))
         self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(64, 3)
+        # As in LeViT's head.
+        self.head = nn.Sequential(nn.BatchNorm1d(64).requires_grad_(False), nn.Linear(64, 3))
         self.frozen.requires_grad_(False)
         self.modes = []
 
     def forward(self, pixel_values):
-        self.modes.append((self.frozen[1].training, self.frozen[2].training, self.dropout.training))
+        modules = (self.frozen[1], self.frozen[2], self.head[0], self.head, self.dropout)
+        self.modes.append([module.training for module in modules])
         return type("Outputs", (), {"logits": self.head(self.dropout(self.frozen(pixel_values).flatten(1)))})()
 
 
@@ -255,7 +304,7 @@ def test_frozen_layers_drop_nothing_and_keep_their_statistics(tmp_path):
     trainer = make_trainer(tmp_path)
     trainer.model = model = Watcher(trainer.model.config).train()
     trainer.compute_loss(model, next(iter(trainer.get_train_dataloader())))
-    assert model.modes == [(False, False, True)], "but what has no parameters is not frozen"
+    assert model.modes == [[False, False, False, True, True]], "but what has no parameters is not frozen"
 
 
 def test_a_linear_probe_leaves_the_encoder_alone(tmp_path):
@@ -303,7 +352,7 @@ def test_unreadable_images_count_nowhere_however_they_are_batched(tmp_path, capl
     broken = EveryImage(records(9, broken=(0, 1, 2, 3, 4, 6, 7)), "image", transform, 0, "label")
     output = trainer.predict(whole)
     kept = [5, 8]
-    logits = torch.from_numpy(output.predictions[kept])
+    logits = torch.from_numpy(output.predictions[0][kept])
     expected = nn.functional.cross_entropy(logits, torch.tensor([2, 2])).item()
     metrics = trainer.evaluate(broken)
     assert metrics["eval_loss"] == pytest.approx(expected) and metrics["eval_unreadable"] == 7
@@ -311,6 +360,24 @@ def test_unreadable_images_count_nowhere_however_they_are_batched(tmp_path, capl
     assert messages(caplog).count("Skipped an unreadable image") == 7
     nothing = EveryImage(records(3, broken=(0, 1, 2)), "image", transform, 0, "label")
     assert not {"eval_loss", "eval_accuracy"} & set(trainer.evaluate(nothing))
+
+
+def test_predictions_that_are_not_finite_are_no_unreadable_images(tmp_path, caplog):
+    trainer = make_trainer(tmp_path)
+    data = EveryImage(records(6, broken=(2,)), "image", EvalTransform((32, 32), 3), 0, "label")
+    whole = trainer.predict(data)
+    with torch.no_grad():  # one of the finite predictions' classes at a time
+        trainer.model.classifier.bias[1] = math.nan
+    metrics = trainer.evaluate(data)
+    assert metrics["eval_unreadable"] == 1 and metrics["eval_non_finite"] == 5
+    assert not {"eval_accuracy", "eval_loss"} & set(metrics) and "eval_accuracy" not in whole.metrics
+    output = trainer.predict(data)
+    assert output.predictions[1].tolist() == [True, True, False, True, True, True]
+    trainer.save_predictions(output, data, str(tmp_path / "predictions.csv"))
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        _, *lines = csv.reader(file)
+    assert [line[2:] for line in lines] == [["", *["" if i == 2 else "nan"] * 3] for i in range(6)]
+    assert "Predictions that are not finite numbers: 5" in messages(caplog)
 
 
 def test_predictions_are_written_for_every_image(tmp_path):
@@ -326,7 +393,7 @@ def test_predictions_are_written_for_every_image(tmp_path):
     assert [line[:2] for line in lines] == [[f"{index}.png", NAMES[index % 3]] for index in range(5)]
     assert lines[2][2:] == ["", "", "", ""]
     for index in (0, 1, 3, 4):
-        probabilities = np.exp(output.predictions[index]) / np.exp(output.predictions[index]).sum()
+        probabilities = np.exp(output.predictions[0][index]) / np.exp(output.predictions[0][index]).sum()
         np.testing.assert_allclose([float(value) for value in lines[index][3:]], probabilities, atol=1e-6)
         assert lines[index][2] == NAMES[probabilities.argmax()]
 

@@ -2,8 +2,12 @@
 
 import argparse
 import os
-import subprocess
+import re
+import runpy
+import shlex
 import sys
+import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,15 +29,10 @@ from transformers import (
 )
 
 from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, GreenMIMModel
-from modeling_greenmim.conversion import (
-    Checkpoint,
-    CheckpointError,
-    convert,
-    export_model,
-    import_checkpoint,
-    main,
-    read_checkpoint,
-)
+from modeling_greenmim.conversion import CheckpointError, convert, export_model, import_checkpoint, read_checkpoint
+from modeling_greenmim.conversion.__main__ import main
+from modeling_greenmim.conversion.checkpoint import Source
+from modeling_greenmim.conversion.formats import FORMATS, WRITABLE
 from modeling_greenmim.image_processing_greenmim import GreenMIMImageProcessorPil, build_image_processor
 from tests.golden import FIXTURES, load_golden, normalized
 from tests.oracle import random_images, randomize, tiny_config
@@ -118,14 +117,9 @@ def official(tmp_path):
 def test_released_models_have_their_published_sizes(changes, millions, encoder_millions):
     base = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window": 7, "grid": 56}
     shapes = official_shapes(**{**base, **changes}, decoder=512)
-    del shapes["decoder_pos_embed"]
     with torch.device("meta"):
-        weights = {
-            name.removeprefix("encoder."): torch.empty(shape)
-            for name, shape in shapes.items()
-            if not name.endswith("position_index")
-        }
-    model = convert(Checkpoint("official", weights, COLUMN))
+        weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+    model = convert(FORMATS["original"].read(Source(Path("official.pth"), weights, {"model": COLUMN})))
     # The published number counts the fixed positions of the decoder.
     assert round((sum(p.numel() for p in model.parameters()) + 49 * 512) / 1e6, 2) == millions
     assert round(sum(p.numel() for p in model.greenmim.parameters()) / 1e6, 2) == encoder_millions
@@ -228,6 +222,230 @@ def test_a_classifier_keeps_its_head(tmp_path):
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
     assert isinstance(model, GreenMIMForImageClassification) and model.config.num_labels == 5
     assert torch.equal(model.classifier.weight, weights["head.weight"])
+
+
+@pytest.fixture
+def yacs_node():
+    """yacs' class of configurations, as it pickles: a dictionary with attributes of its own."""
+    module = types.ModuleType("yacs.config")
+
+    class CfgNode(dict):
+        def __init__(self, values: dict):
+            super().__init__({k: CfgNode(v) if isinstance(v, dict) else v for k, v in values.items()})
+            self.__dict__ |= {"__immutable__": False, "__deprecated_keys__": set(), "__renamed_keys__": {}}
+            self.__dict__["__new_allowed__"] = False
+
+    CfgNode.__module__, CfgNode.__qualname__ = "yacs.config", "CfgNode"
+    module.CfgNode = CfgNode
+    sys.modules |= {"yacs": types.ModuleType("yacs"), "yacs.config": module}
+    yield CfgNode
+    sys.modules.pop("yacs", None)
+    sys.modules.pop("yacs.config", None)
+
+
+def write_with_yacs(path, weights, node, swin=None, **more):
+    """A file as `save_checkpoint` of Microsoft's Swin and of SimMIM writes it; yacs is gone when it is read."""
+    config = {"BASE": [""], "DATA": {"IMG_SIZE": 32}, "TRAIN": {"OPTIMIZER": {"BETAS": (0.9, 0.999)}}}
+    config["MODEL"] = {"TYPE": "swin", "DROP_PATH_RATE": 0.3, "DROP_RATE": 0.0, "SWIN": swin or {"QK_SCALE": None}}
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1.0])
+    content = {"model": weights, "optimizer": optimizer.state_dict(), "lr_scheduler": schedule.state_dict()}
+    scaler = torch.amp.GradScaler("cpu").state_dict()
+    torch.save(content | {"max_accuracy": 83.1, "scaler": scaler, "epoch": 99, "config": node(config)} | more, path)
+    for name in ("yacs.config", "yacs"):
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder."])
+def test_files_of_microsofts_and_simmims_trainers_are_read(prefix, yacs_node, tmp_path):
+    weights = random_weights(encoder_shapes(**TINY))
+    write_with_yacs(tmp_path / "a.pth", {f"{prefix}{k}": v for k, v in weights.items()}, yacs_node)
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    assert checkpoint.format == ("simmim" if prefix else "microsoft-swin")
+    model = convert(checkpoint)
+    assert (model.config.image_size, model.config.drop_path_rate, model.config.window_size) == (32, 0.3, 4)
+    torch.save({"model": weights}, tmp_path / "bare.pth")
+    images = random_images(1, 32, 32).float()
+    expected = convert(read_checkpoint(tmp_path / "bare.pth"), image_size=32)(images).last_hidden_state
+    assert torch.equal(model(images).last_hidden_state, expected)
+
+
+def test_beside_a_yacs_configuration_other_classes_are_refused(yacs_node, tmp_path):
+    weights = random_weights(encoder_shapes(**TINY))
+    write_with_yacs(tmp_path / "a.pth", weights, yacs_node, scaler=Trap(tmp_path / "trapped"))
+    with pytest.raises(CheckpointError, match=r"wants (posix|nt)\.system.*nothing of it was executed"):
+        read_checkpoint(tmp_path / "a.pth")
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_strange_configurations_have_clear_errors(yacs_node, tmp_path):
+    node = yacs_node({"DATA": "not a node"})
+    node.__dict__["get"] = "what dictionaries have is not taken from the file"
+    write_with_yacs(tmp_path / "a.pth", random_weights(encoder_shapes(**TINY)), yacs_node, config=node)
+    with pytest.raises(CheckpointError, match=r"a\.pth' cannot be read"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+def test_attention_of_another_scale_is_refused(yacs_node, tmp_path):
+    write_with_yacs(tmp_path / "a.pth", random_weights(encoder_shapes(**TINY)), yacs_node, swin={"QK_SCALE": 0.5})
+    with pytest.raises(CheckpointError, match=r"QK_SCALE 0\.5"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+# What no weight tells
+
+
+def test_assumed_values_are_said(tmp_path, caplog):
+    shapes = official_shapes(**{**TINY, "decoder": 64})
+    path = write_official(tmp_path / "official.pth", random_weights(shapes))
+    convert(read_checkpoint(path))
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "The checkpoint does not tell these values, so they were assumed: --decoder_num_attention_heads 2"
+    )
+    caplog.clear()
+    assert convert(read_checkpoint(path), decoder_num_attention_heads=4).config.decoder_num_attention_heads == 4
+    assert not caplog.records, "nothing is assumed"
+    save_model(GreenMIMModel, tmp_path / "twins", backbone_type="twins")
+    export_model(str(tmp_path / "twins"), "twins", str(tmp_path / "twins.pth"))
+    convert(read_checkpoint(tmp_path / "twins.pth"))
+    assert caplog.text.count("assumed: --num_heads 1 1 --window_size 7 --image_size 224") == 1
+
+
+def test_official_files_tell_their_target(tmp_path):
+    args = argparse.Namespace(model=COLUMN, mask_ratio=0.6, norm_pix_loss=False, input_size=32)
+    path = write_official(tmp_path / "official.pth", random_weights(official_shapes(**TINY)), args=args)
+    config = convert(read_checkpoint(path), **HEADS).config
+    assert (config.mask_ratio, config.norm_pix_loss, config.image_size) == (0.6, False, 32)
+
+
+# Twins, against a dense forward by its own names
+
+
+def dense_twins(weights, images, num_heads, window, residual, outer_epsilon, channels_last) -> torch.Tensor:
+    """Last tokens `(1, height * width, channels)` of a Twins without mask.
+
+    `outer_epsilon` is that of patch embedding, merging and keys; blocks and the last norm have 1e-6.
+    """
+
+    def norm(x, name, epsilon=1e-6):
+        return nn.functional.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], epsilon)
+
+    def linear(x, name):
+        return nn.functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def strided(x, name, last=channels_last):
+        kernel = weights[f"{name}.weight"].permute(0, 3, 1, 2) if last else weights[f"{name}.weight"]
+        x = nn.functional.conv2d(x.permute(0, 3, 1, 2), kernel, weights[f"{name}.bias"], stride=kernel.shape[-1])
+        return x.permute(0, 2, 3, 1)
+
+    def attend(query, key, value, heads):  # (..., tokens, channels)
+        parts = [x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (query, key, value)]
+        return nn.functional.scaled_dot_product_attention(*parts).transpose(-3, -2).flatten(-2)
+
+    x = images.permute(0, 2, 3, 1)
+    for stage, heads in enumerate(num_heads):
+        x = strided(x, f"patch_embeds.{stage}.proj", channels_last and stage > 0)
+        x = norm(x, f"patch_embeds.{stage}.norm", outer_epsilon)
+        rows, columns = x.shape[1] // window, x.shape[2] // window
+        for block in range(2):
+            name = f"blocks.{stage}.{block}"
+            y = norm(x, f"{name}.norm1")
+            if block == 0:
+                y = y.unflatten(2, (columns, window)).unflatten(1, (rows, window)).transpose(2, 3).flatten(3, 4)
+                y = attend(*linear(y, f"{name}.attn.qkv").chunk(3, dim=-1), heads)
+                y = y.unflatten(3, (window, window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+            else:
+                keys = y
+                if f"{name}.attn.sr.weight" in weights:
+                    keys = norm(strided(y, f"{name}.attn.sr"), f"{name}.attn.norm", outer_epsilon)
+                keys = linear(keys.flatten(1, 2), f"{name}.attn.kv").chunk(2, dim=-1)
+                y = attend(linear(y.flatten(1, 2), f"{name}.attn.q"), *keys, heads)
+            x = x + linear(y, f"{name}.attn.proj").view_as(x)
+            y = nn.functional.gelu(linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1"))
+            x = x + linear(y, f"{name}.mlp.fc2")
+            if block == 0:
+                name = f"pos_block.{stage}.proj.0"
+                kernel, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+                encoded = nn.functional.conv2d(x.permute(0, 3, 1, 2), kernel, bias, padding=1, groups=x.shape[3])
+                x = encoded.permute(0, 2, 3, 1) + (x if residual else 0)
+    return norm(x, "norm").flatten(1, 2)
+
+
+TWINS = {"backbone_type": "twins", "num_heads": [1, 2], "window_size": 4, "layer_norm_eps": 1e-6}
+OFFICIAL_TWINS = {"num_heads": [1, 2], "window": 4, "residual": False, "outer_epsilon": 1e-6, "channels_last": True}
+
+
+def assert_features(found: torch.Tensor, expected: torch.Tensor):
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def read_exported(path) -> dict:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, weights_only=True)
+
+
+@torch.no_grad()
+def test_official_twins_computes_without_residual(tmp_path):
+    ours = save_model(GreenMIMForPreTraining, tmp_path / "model", **TWINS)
+    images = random_images(1, 32, 32).float()
+    assert export_model(str(tmp_path / "model"), "original", str(tmp_path / "a.pth")) == 0
+    content = read_exported(tmp_path / "a.pth")
+    encoder = {k.removeprefix("encoder."): v for k, v in content["model"].items()}
+    expected = ours.greenmim(images).last_hidden_state
+    assert_features(dense_twins(encoder, images, **OFFICIAL_TWINS), expected)
+    # In again; a file as official GreenMIM writes it, whose arguments tell nothing of this; and its bare encoder.
+    told = {name: TWINS[name] for name in ("num_heads", "window_size")} | {"image_size": 32}
+    official = content | {"args": argparse.Namespace(model="green_mim_twins_large_patch4_dec512b1")}
+    bare = {name: tensor for name, tensor in encoder.items() if name != "mask_token" and "decoder_" not in name}
+    for changed in (content, official, {"model": bare}):
+        torch.save(changed, tmp_path / "b.pth")
+        checkpoint = read_checkpoint(tmp_path / "b.pth")
+        assert checkpoint.format == "original"
+        back = convert(checkpoint, decoder_num_attention_heads=ours.config.decoder_num_attention_heads, **told)
+        assert_features(getattr(back, "greenmim", back)(images).last_hidden_state, expected)
+
+
+def test_half_precision_keeps_the_position_encoding(tmp_path):
+    """Beside a 1 a small weight has fewer digits."""
+    ours = save_model(GreenMIMForPreTraining, tmp_path / "model", **TWINS).bfloat16()
+    ours.save_pretrained(tmp_path / "model")
+    export_model(str(tmp_path / "model"), "original", str(tmp_path / "a.pth"))
+    back = convert(read_checkpoint(tmp_path / "a.pth")).state_dict()
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(back[name], tensor.float(), atol=3e-7, rtol=0)
+
+
+def test_exports_of_the_first_release_are_read_as_they_were_written(tmp_path):
+    """They had the residual of the position encoding, and did not say so."""
+    ours = save_model(GreenMIMForPreTraining, tmp_path / "model", **TWINS)
+    export_model(str(tmp_path / "model"), "original", str(tmp_path / "a.pth"))
+    content = read_exported(tmp_path / "a.pth")
+    del content["args"].position_encoding_residual
+    for stage, layer in enumerate(ours.greenmim.encoder.layers):
+        content["model"][f"encoder.pos_block.{stage}.proj.0.weight"] = layer.position_encoding.conv.weight.detach()
+    torch.save(content, tmp_path / "a.pth")
+    back = convert(read_checkpoint(tmp_path / "a.pth")).state_dict()
+    assert all(torch.equal(back[name], tensor) for name, tensor in ours.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("target", ["timm", "twins"])
+def test_difference_of_a_twins_is_that_of_timms_own_epsilons(target, tmp_path):
+    """timm makes the norms of patch embedding, merging and keys with 1e-5, the others with 1e-6."""
+    model = save_model(GreenMIMModel, tmp_path / "model", **TWINS)
+    model.embeddings.patch_embeddings.projection.weight *= 1e-3  # so that an epsilon counts
+    model.embeddings.patch_embeddings.projection.bias *= 1e-3
+    model.save_pretrained(tmp_path / "model")
+    found = export_model(str(tmp_path / "model"), target, str(tmp_path / "t.safetensors"))
+    weights = load_file(tmp_path / "t.safetensors")
+    images = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    options = {**OFFICIAL_TWINS, "residual": True, "outer_epsilon": 1e-5, "channels_last": False}
+    expected = model(images).last_hidden_state
+    difference = (dense_twins(weights, images, **options) - expected).abs().max() / expected.abs().max()
+    assert found == pytest.approx(difference.item(), rel=1e-2) and found > 1e-4
+    options["outer_epsilon"] = 1e-6
+    assert_features(dense_twins(weights, images, **options), expected)
 
 
 # Against Transformers' Swin
@@ -367,25 +585,6 @@ def shapes_of(weights) -> dict[str, tuple]:
     return {name: tuple(tensor.shape) for name, tensor in weights.items()}
 
 
-def test_timm_itself_loads_the_export(tmp_path):
-    timm = pytest.importorskip("timm", reason="timm is not installed; its names are tested without it")
-    ours = save_model(GreenMIMForImageClassification, tmp_path / "model")
-    export_model(str(tmp_path / "model"), "timm", str(tmp_path / "t.safetensors"))
-    config = ours.config
-    theirs = timm.models.swin_transformer.SwinTransformer(
-        img_size=32,
-        embed_dim=config.embed_dim,
-        depths=config.depths,
-        num_heads=config.num_heads,
-        window_size=4,
-        mlp_ratio=config.mlp_ratio,
-        num_classes=2,
-    ).eval()
-    theirs.load_state_dict(load_file(tmp_path / "t.safetensors"))
-    images = random_images(2, 32, 32).float()
-    torch.testing.assert_close(theirs(images), ours(images).logits, atol=1e-5, rtol=1e-5)
-
-
 # Bad input
 
 
@@ -447,9 +646,20 @@ def test_weights_that_do_not_fit_are_listed(tmp_path):
 def test_windows_that_do_not_fit_the_image_size(tmp_path):
     weights = random_weights(encoder_shapes(**{**TINY, "window": 8}))
     torch.save(weights, tmp_path / "swin.pth")  # windows 8 and 4: an image of 32 px
-    with pytest.raises(CheckpointError, match=r"windows .* \[8, 4\].*`image_size` 224 have \[8, 8\].*--image_size"):
+    with pytest.raises(CheckpointError, match=r"windows .* \[8, 4\].* 224 have \[8, 8\].*--image_size 32\."):
         convert(read_checkpoint(tmp_path / "swin.pth"))
     assert convert(read_checkpoint(tmp_path / "swin.pth"), image_size=32).config.window_size == 8
+
+
+def test_windows_of_their_own_in_each_stage_cannot_be_expressed(tmp_path):
+    """As timm's swin_s3_tiny: windows 7, 7, 14 and 7."""
+    weights = random_weights(encoder_shapes(**TINY))
+    weights["layers.1.blocks.0.attn.relative_position_bias_table"] = torch.zeros(15**2, 2)
+    torch.save(weights, tmp_path / "swin.pth")
+    for image_size in (32, 64):
+        with pytest.raises(CheckpointError, match=r"windows .* \[4, 8\].*one window for all stages") as error:
+            convert(read_checkpoint(tmp_path / "swin.pth"), image_size=image_size)
+        assert "--image_size" not in str(error.value)
 
 
 def test_foreign_folders_are_refused(tmp_path):
@@ -566,7 +776,28 @@ def test_command_line(official, tmp_path, capsys):
         main(["import", "--checkpoint", str(tmp_path / "nowhere.pth"), "--output", folder])
 
 
-def test_runs_as_a_module():
-    command = [sys.executable, "-m", "modeling_greenmim.conversion", "--help"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "import" in output.stdout and "export" in output.stdout and not output.stderr
+def test_commands_of_the_page_run(tmp_path, monkeypatch):
+    """In a folder with a Swin and an official file as the page names them."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(random_weights(encoder_shapes(**TINY)), "swin.pth")
+    write_official(tmp_path / "greenmim.pth", random_weights(official_shapes(**TINY)), args=None)
+    page = (FIXTURES.parents[1] / "docs" / "conversion.md").read_text()
+    for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line)
+            assert words[:3] == ["python", "-m", "modeling_greenmim.conversion"]
+            main(words[3:])
+    assert {"swin-greenmim", "swin.safetensors", "greenmim-swin"} <= set(os.listdir())
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, {})
+    rows = re.findall(r"^\| `([a-z-]+)` \|.* \| ([^|]+) \|$", page, flags=re.MULTILINE)
+    assert {name: not export.startswith("no") for name, export in rows} == {name: name in WRITABLE for name in FORMATS}
+
+
+def test_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "modeling_greenmim.conversion.__main__")
+    monkeypatch.setattr(sys, "argv", ["conversion", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("modeling_greenmim.conversion", run_name="__main__")
+    printed = capsys.readouterr()
+    assert "import" in printed.out and "export" in printed.out and not printed.err

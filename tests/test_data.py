@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -80,14 +81,30 @@ def test_dataset_delivers_each_image():
         dataset[5]
 
 
-def test_unreadable_image_is_replaced_by_the_next_readable_one_and_reported():
-    dataset = image_dataset([numbered(0), b"broken", b"", numbered(3), b"at the end"])
-    sample = dataset[1]
-    assert number_of(sample["pixel_values"]) == 3
-    assert [message.split(" ")[0] for message in sample["unreadable"]] == ["image-1.png", "image-2.png"]
-    sample = dataset[(7, 0, 4)]  # goes on at the start
-    assert number_of(sample["pixel_values"]) == 0
-    assert [message.split(" ")[0] for message in sample["unreadable"]] == ["image-4.png"]
+def replacements(seed: int, epoch: int, broken: int = 13, readable: int = 40) -> list[int]:
+    """What is seen in an epoch for a run of unreadable images."""
+    contents = [numbered(number) for number in range(readable)]
+    dataset = image_dataset([*contents[:20], *[b"broken"] * broken, *contents[20:]], seed=seed)
+    samples = [dataset[epoch, position, index] for position, index in enumerate(range(20, 20 + broken))]
+    assert [sample["unreadable"][0].split(" ")[0] for sample in samples] == [f"image-{20 + i}.png" for i in range(13)]
+    assert [sample["sample_key"] for sample in samples] == [(epoch, position) for position in range(broken)]
+    return [number_of(sample["pixel_values"]) for sample in samples]
+
+
+def test_unreadable_images_are_replaced_by_ones_drawn_from_the_seed():
+    drawn = replacements(seed=0, epoch=0)
+    assert max(Counter(drawn).values()) <= 3 and len(set(drawn)) >= 9, "not one image for all"
+    assert drawn == replacements(seed=0, epoch=0)
+    assert drawn != replacements(seed=0, epoch=1) and drawn != replacements(seed=1, epoch=0)
+
+
+def test_a_replacement_that_is_unreadable_too_is_reported_and_replaced():
+    dataset = image_dataset([b"broken", b"", b"no image", numbered(3)])
+    for index in range(3):
+        sample = dataset[index]
+        assert number_of(sample["pixel_values"]) == 3
+        names = [message.split(" ")[0] for message in sample["unreadable"]]
+        assert names[0] == f"image-{index}.png" and len(set(names)) == len(names) <= 3
 
 
 def test_unreadable_images_without_a_name_are_told_apart():
@@ -95,8 +112,10 @@ def test_unreadable_images_without_a_name_are_told_apart():
         {"image": [{"path": None, "bytes": content} for content in (numbered(0), b"broken", b"broken", numbered(3))]},
         datasets.Features({"image": ImageFeature(decode=False)}),
     )
-    messages = ImageDataset(records, "image", EVALUATION, seed=0)[1]["unreadable"]
-    assert len(set(messages)) == 2
+    dataset = ImageDataset(records, "image", EVALUATION, seed=0)
+    assert {dataset[index]["unreadable"][0] for index in (1, 2)} == {
+        f"image {index} (no image of a known format)" for index in (1, 2)
+    }
 
 
 @pytest.mark.parametrize("content", [b"broken", b"", encoded(noise_image(0))[:150]])

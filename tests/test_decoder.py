@@ -4,14 +4,9 @@ import pytest
 import torch
 
 from modeling_greenmim import GreenMIMForPreTraining
-from modeling_greenmim.decoder import (
-    GreenMIMDecoder,
-    normalize_units,
-    reconstruction_loss,
-    sincos_positions,
-    unit_statistics,
-)
+from modeling_greenmim.decoder import GreenMIMDecoder, reconstruction_loss, sincos_positions
 from modeling_greenmim.layout import patchify
+from modeling_greenmim.targets import PixelTarget, normalize_units, unit_statistics
 from tests.oracle import (
     assert_all_close,
     assert_close,
@@ -28,7 +23,7 @@ from tests.oracle import (
 
 @pytest.fixture
 def decoder() -> GreenMIMDecoder:
-    return randomize(GreenMIMDecoder(tiny_config()))
+    return randomize(GreenMIMDecoder(tiny_config(), 768))
 
 
 def latents_of(batch: int, num_visible: int, seed: int = 0) -> torch.Tensor:
@@ -121,20 +116,21 @@ def test_loss_follows_the_formula(norm_pix_loss, kind):
     pixel_values = 3 * random_images(2, 48, 64) + 5
     logits = random_images(2, 48, 64, seed=1).view(2, 12, 768)
     mask = random_masks(1 if kind == "shared" else 2, 12, 5).expand(2, -1)
-    actual = reconstruction_loss(logits, patchify(pixel_values, 16), mask.double(), norm_pix_loss)
+    target = PixelTarget(tiny_config(norm_pix_loss=norm_pix_loss))
+    actual = reconstruction_loss(logits, target.targets(pixel_values), mask.double())
     assert_close(actual, plain_loss(logits, pixel_values, mask, 16, norm_pix_loss), 1e-12)
 
 
 def test_loss_ignores_visible_units_and_weighs_masked_ones_alike():
     logits, patches = torch.zeros(1, 4, 6), torch.tensor([100.0, 1.0, 2.0, 100.0])[None, :, None].expand(1, 4, 6)
     mask = torch.tensor([[0.0, 1.0, 1.0, 0.0]])
-    assert reconstruction_loss(logits, patches, mask, norm_pix_loss=False).item() == pytest.approx((1 + 4) / 2)
+    assert reconstruction_loss(logits, patches, mask).item() == pytest.approx((1 + 4) / 2)
 
 
 def test_loss_of_flat_units_is_finite():
     patches = torch.full((1, 4, 6), 7.0, requires_grad=True)
     logits = torch.ones(1, 4, 6)
-    loss = reconstruction_loss(logits, patches, torch.ones(1, 4), norm_pix_loss=True)
+    loss = reconstruction_loss(logits, normalize_units(patches), torch.ones(1, 4))
     assert loss.item() == pytest.approx(1.0)
     loss.backward()
     assert patches.grad.isfinite().all()
@@ -147,7 +143,7 @@ def test_loss_of_half_precision_is_computed_in_single(dtype):
         random_images(2, 32, 32).to(dtype),
     )
     mask = random_masks(2, 4, 2)
-    actual = reconstruction_loss(logits, patchify(pixel_values, 16), mask.float(), True)
+    actual = reconstruction_loss(logits, PixelTarget(tiny_config()).targets(pixel_values), mask.float())
     assert actual.dtype == torch.float32
     assert_close(actual.double(), plain_loss(logits.double(), pixel_values.double(), mask, 16, True), 1e-5)
 

@@ -40,11 +40,11 @@ SHARED_MASK = f"""
 import json, os, sys
 from pathlib import Path
 import run_mim
-from training_greenmim import pretraining
+from training_greenmim.pretraining import trainer as pretraining
 
 class SharedMask(pretraining.MaskedCollator):
-    def generator(self, place):
-        epoch, position = place
+    def generator(self, sample_key):
+        epoch, position = sample_key
         return super().generator((epoch, position // {GLOBAL_BATCH}))
 
 class Recording(pretraining.MIMTrainer):
@@ -147,6 +147,44 @@ def test_a_killed_process_ends_the_launch_and_nothing_is_lost(script):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+# run_mim.py as on a GPU, which looks for broken losses at logs and checkpoints; one process's breaks in step 3.
+ONE_BROKEN = """
+import os, sys
+import run_mim
+from training_greenmim.runs.trainer import NonFiniteLossError
+
+class OneBroken(run_mim.MIMTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.waits_to_check = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        if (self.state.global_step, self.args.process_index) == (2, 1):
+            loss = loss * float("nan")
+            self.check_finite(loss)
+        return loss
+
+run_mim.MIMTrainer = OneBroken
+try:
+    run_mim.main(sys.argv[2:])
+except NonFiniteLossError as error:
+    with open(f"{sys.argv[1]}-{os.environ['RANK']}", "w") as file:
+        file.write(str(error))
+"""
+
+
+def test_a_loss_that_breaks_in_one_process_stops_all_before_anything_is_saved(tmp_path):
+    write_images(tmp_path / "data", 16)
+    (tmp_path / "broken.py").write_text(ONE_BROKEN)
+    options = ("--train_dir", tmp_path / "data", "--do_train", "--max_steps", 6, "--ddp_backend", "gloo")
+    argv = flags(tmp_path / "out", *options, "--logging_steps", 50, "--save_strategy", "steps", "--save_steps", 2)
+    run_in_processes(tmp_path / "broken.py", [str(tmp_path / "message"), *argv])
+    expected = f"not a finite number at step 3. Last good checkpoint: {tmp_path / 'out' / 'checkpoint-2'}."
+    assert all(expected in (tmp_path / f"message-{rank}").read_text() for rank in range(2))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-2"]
+
+
 # Examples
 
 
@@ -195,11 +233,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from safetensors.torch import save_file
-from modeling_greenmim import GreenMIMForPreTraining
-from modeling_greenmim.grouping import plan_mask
+from modeling_greenmim import GreenMIMForPreTraining, plan_mask
 from modeling_greenmim.masking import sample_noise, visible_units_from_noise
 from tests.training_helpers import tiny_config
-from training_greenmim.trainer import keep_single_precision
+from training_greenmim.runs.trainer import keep_single_precision
 
 folder, last_step, save_to, load_from, precision = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
 torch.manual_seed(0)

@@ -68,7 +68,9 @@ def dataset(count: int = 48) -> list[dict]:
     return [{"x": image, "labels": index % 4} for index, image in enumerate(images)]
 
 
-def make_trainer(output_dir: Path, decay: float | None = 0.2, seed: int = 0, kind=NetTrainer, **changes) -> Trainer:
+def make_trainer(
+    output_dir: Path, decay: float | None = 0.2, seed: int = 0, trainer_class=NetTrainer, **changes
+) -> Trainer:
     values = {
         "per_device_train_batch_size": 4,
         "learning_rate": 0.1,
@@ -81,7 +83,7 @@ def make_trainer(output_dir: Path, decay: float | None = 0.2, seed: int = 0, kin
     args = TrainingArguments(str(output_dir), **{**values, **changes})
     torch.manual_seed(seed)
     callbacks = [] if decay is None else [EMACallback(decay)]
-    return kind(Net(), args, train_dataset=dataset(), eval_dataset=dataset(8), callbacks=callbacks)
+    return trainer_class(Net(), args, train_dataset=dataset(), eval_dataset=dataset(8), callbacks=callbacks)
 
 
 def averages(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -176,7 +178,9 @@ class KilledTrainer(NetTrainer):
 
 
 def test_no_whole_checkpoint_is_without_its_average(tmp_path):
-    trainer = make_trainer(tmp_path, kind=KilledTrainer, save_strategy="steps", save_steps=2, save_total_limit=1)
+    trainer = make_trainer(
+        tmp_path, trainer_class=KilledTrainer, save_strategy="steps", save_steps=2, save_total_limit=1
+    )
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert (tmp_path / "checkpoint-4" / EMA_FILE).is_file() and not is_whole_checkpoint(tmp_path / "checkpoint-4")
@@ -294,12 +298,12 @@ def test_a_decay_outside_its_range_is_refused(decay):
         EMACallback(decay)
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
-def test_sharded_training_is_refused(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize("distributed_type", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_sharded_training_is_refused(tmp_path, monkeypatch, distributed_type):
     trainer = make_trainer(tmp_path)
     # What accelerate sets for such a run, which needs a GPU.
-    monkeypatch.setattr(trainer.args.distributed_state, "distributed_type", kind)
-    with pytest.raises(ValueError, match=f"`ema_decay` is 0.2, but {kind.value} may shard"):
+    monkeypatch.setattr(trainer.args.distributed_state, "distributed_type", distributed_type)
+    with pytest.raises(ValueError, match=f"`ema_decay` is 0.2, but {distributed_type.value} may shard"):
         trainer.ema.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
 

@@ -8,19 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_greenmim import GreenMIMConfig, grouping
-from modeling_greenmim.grouping import (
-    choose_groups,
-    pack_statically,
-    pack_windows,
-    plan_all_visible,
-    plan_groups,
-    plan_mask,
-    plan_stages,
-    static_groups,
-)
+from modeling_greenmim import GreenMIMConfig, packing, plan_mask, planning
 from modeling_greenmim.masking import sample_noise, visible_units_from_noise
-from tests.oracle import bias_row, nested_coordinates, shift_of, window_of
+from modeling_greenmim.packing import choose_groups, pack_statically, pack_windows, static_groups
+from modeling_greenmim.planning import PlanCache, _windows_and_keys, plan_dense, plan_groups, plan_stages
+from modeling_greenmim.plans import bias_index, num_bytes
+from tests.oracle import bias_row, nested_coordinates, shift_of, tiny_config, window_of
 
 
 properties = settings(derandomize=True, deadline=None, max_examples=80)
@@ -109,12 +102,12 @@ def scenes(draw):
 def test_plans_let_exactly_the_pairs_of_a_window_meet(scene, slot_cost, static):
     """Cheap slots make groups even of few tokens, which the real cost puts into one."""
     places, grid, padded_grid, window, shift = scene
-    real_cost = grouping.SLOT_COST
+    real_cost = packing.SLOT_COST
     try:
-        grouping.SLOT_COST = slot_cost
+        packing.SLOT_COST = slot_cost
         plan = plan_groups(places, grid, window, shift, padded_grid, static)
     finally:
-        grouping.SLOT_COST = real_cost
+        packing.SLOT_COST = real_cost
     assert plan.bias_index.shape[0] == len(places)
     assert (plan.token_of_slot is None) == (plan.slot_of_token is None)
     for row, numbers in enumerate(places):
@@ -174,7 +167,7 @@ def test_plans_of_stages(scene):
             inside = [place[0] < grid[0] and place[1] < grid[1] for place in coordinates]
             assert all(inside) if plan.inside is None else plan.inside[:, 0].tolist() == inside
             raster = sorted((i for i in range(len(coordinates)) if inside[i]), key=coordinates.__getitem__)
-            assert (plan.raster[row] - row * len(coordinates)).tolist() == raster
+            assert (plan.raster_order[row] - row * len(coordinates)).tolist() == raster
 
 
 def test_unshifted_stages_share_one_plan():
@@ -183,17 +176,51 @@ def test_unshifted_stages_share_one_plan():
     assert shrunk.groups[0] is shrunk.groups[1]
     moved = shrunk.map(torch.Tensor.clone)
     assert moved.groups[0] is moved.groups[1]
-    assert shifted.raster is None
+    assert shifted.raster_order is None
+
+
+def test_bias_indices_are_those_of_the_picture():
+    """The example of `bias_index`: a left of b in one window of side 2, c in the next, and a slot of padding."""
+    keys = _windows_and_keys((2, 4), 2, 0, (2, 4))[1][[0, 1, 2]]
+    index = bias_index(np.array([*keys, -1], dtype=np.int32), 2)
+    assert index.tolist() == [[5, 4, 0, 10], [6, 5, 0, 10], [10, 10, 5, 10], [0, 0, 0, 5]]
+
+
+def test_packing_is_that_of_the_picture():
+    assert pack_windows([0, 1, 1, 2, 1], 5) == ([[], [4], [8], [5, 10], [0]], 3)
 
 
 def test_plans_of_everything_are_kept_and_equal_plans_of_a_full_mask():
-    arguments = ((12, 20), (5, 3, 2), torch.device("cpu"))
-    kept = plan_all_visible(*arguments)
-    assert plan_all_visible(*arguments) is kept
-    for plan, expected in zip(kept, plan_stages(np.arange(15)[None], (12, 20), (5, 3, 2), raster=True)):
-        assert torch.equal(plan.raster, expected.raster)
+    arguments = (tiny_config(image_size=(48, 80)), (48, 80), torch.device("cpu"))
+    kept, windows = plan_dense(*arguments), arguments[0].stage_windows
+    assert plan_dense(*arguments) is kept
+    for plan, expected in zip(kept, plan_stages(np.arange(15)[None], (12, 20), windows, raster=True)):
+        assert torch.equal(plan.raster_order, expected.raster_order)
         for actual, fresh in zip(plan.groups, expected.groups):
             assert torch.equal(actual.bias_index, fresh.bias_index)
+
+
+def test_kept_plans_are_bounded_by_memory():
+    first, second, third = (plan_stages(np.arange(side)[None], (1, side), (3,)) for side in (20, 21, 22))
+    cache = PlanCache(budget=num_bytes(first) + num_bytes(third))
+    for name, plans in (("first", first), ("second", second), ("second", second)):  # as two threads may
+        cache.put((name,), plans)
+    assert cache.num_bytes == num_bytes(first) + num_bytes(second)
+    assert cache.get(("first",)) is first
+    cache.put(("third",), third)  # the second was used least recently
+    assert cache.get(("second",)) is None and cache.get(("first",)) is first and cache.get(("third",)) is third
+    assert cache.num_bytes == cache.budget
+    small = PlanCache(budget=1)
+    small.put(("first",), first)
+    small.put(("second",), second)  # larger than the budget, yet of use to the next forward
+    assert small.get(("first",)) is None and small.get(("second",)) is second
+
+
+def test_models_of_many_sizes_keep_no_more_than_the_budget(monkeypatch):
+    monkeypatch.setattr(planning, "DENSE_PLANS", PlanCache(budget=2**22))
+    for side in range(16, 512, 16):
+        plan_dense(tiny_config(), (side, 160), torch.device("cpu"))
+    assert 2**21 < planning.DENSE_PLANS.num_bytes <= 2**22
 
 
 histograms = st.lists(st.integers(0, 6), min_size=2, max_size=14).filter(lambda counts: any(counts[1:]))
@@ -233,15 +260,15 @@ def test_a_group_size_near_the_cheapest_is_chosen(rows, first_count):
     costs = {}
     for group_size in range(largest, min(2 * largest, num_tokens) + 1):
         num_groups = max(pack_windows(histogram, group_size)[1] for histogram in histograms)
-        costs[group_size] = num_groups * group_size * (group_size + grouping.SLOT_COST)
+        costs[group_size] = num_groups * group_size * (group_size + packing.SLOT_COST)
     chosen = choose_groups(counts, num_tokens)
     if chosen is None:
-        assert grouping.WORTHWHILE * num_tokens**2 <= min(costs.values())
+        assert packing.WORTHWHILE * num_tokens**2 <= min(costs.values())
         return
     group_size, num_groups, first_slots = chosen
-    assert grouping.WORTHWHILE * costs[group_size] <= min(costs.values())
+    assert packing.WORTHWHILE * costs[group_size] <= min(costs.values())
     assert costs[group_size] < num_tokens**2
-    assert costs[group_size] == num_groups * group_size * (group_size + grouping.SLOT_COST)
+    assert costs[group_size] == num_groups * group_size * (group_size + packing.SLOT_COST)
     assert first_slots == [pack_windows(histogram, group_size)[0] for histogram in histograms]
 
 
@@ -289,14 +316,12 @@ def shapes_of(plan) -> tuple[torch.Size, ...]:
     return tuple(shapes)
 
 
-@pytest.mark.parametrize("is_twins", [False, True])
+@pytest.mark.parametrize("backbone_type", ["swin", "twins"])
 @pytest.mark.parametrize(
     ("image_size", "window", "ratio"), [(224, 7, 0.75), (224, 7, 0.5), (224, 14, 0.6), (320, 7, 0.9)]
 )
-def test_static_plans_have_the_same_shapes_for_every_mask(image_size, window, ratio, is_twins):
-    config = GreenMIMConfig(
-        image_size=image_size, window_size=window, mask_ratio=ratio, backbone_type="twins" if is_twins else "swin"
-    )
+def test_static_plans_have_the_same_shapes_for_every_mask(image_size, window, ratio, backbone_type):
+    config = GreenMIMConfig(image_size=image_size, window_size=window, mask_ratio=ratio, backbone_type=backbone_type)
     num_units = config.unit_grid[0] * config.unit_grid[1]
     shapes, tight = set(), set()
     for seed in range(100):

@@ -12,7 +12,7 @@ from modeling_greenmim import GreenMIMForImageClassification
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 from tests.hub_server import TOKEN, serve
 from tests.oracle import tiny_config
-from tests.test_remote_code import CODE, PREAMBLE
+from tests.test_remote_code import CODE, PREAMBLE, PROCESSOR_CODE
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -69,9 +69,9 @@ def test_push_and_load_by_name(hub, folder, tmp_path):
     status, output = push(hub, tmp_path, folder)
     assert status == 0, output
     published = hub.files(REPO)
-    names = {*CODE, "image_processing_greenmim.py", "config.json", "preprocessor_config.json", "model.safetensors"}
+    names = {*CODE, *PROCESSOR_CODE, "config.json", "preprocessor_config.json", "model.safetensors"}
     assert names <= set(published)
-    for name in (*CODE, "image_processing_greenmim.py"):
+    for name in (*CODE, *PROCESSOR_CODE):
         with open(os.path.join(ROOT, "modeling_greenmim", name), "rb") as file:
             assert published[name] == file.read(), "the package's own files"
     weights = GreenMIMForImageClassification.from_pretrained(folder).state_dict()

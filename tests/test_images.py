@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from tests.training_helpers import encoded, noise_image, smooth_image
-from training_greenmim.data.images import UnreadableImageError, open_image, read
+from training_greenmim.data.images import UnreadableImageError, load_image, open_image
 from training_greenmim.data.transforms import (
     EvalTransform,
+    Geometry,
     TrainTransform,
+    apply_geometry,
     center_crop_box,
-    crop_and_resize,
     random_crop_box,
+    upright_size,
 )
 from training_greenmim.randomness import derived_generator
 
@@ -32,7 +34,7 @@ def generator(seed: int = 0) -> np.random.Generator:
 def pixels(source, channels: int = 3) -> np.ndarray:
     """All pixels of an image in 8-bit grey or RGB, at their own size."""
     image = open_image(source)
-    result = crop_and_resize(image, lambda width, height: (0, 0, width, height), image.size[::-1], channels)
+    result = apply_geometry(image, Geometry((0, 0, *image.size), image.size[::-1]), channels)
     return result.permute(1, 2, 0).numpy().squeeze(2) if channels == 1 else result.permute(1, 2, 0).numpy()
 
 
@@ -83,40 +85,32 @@ def test_palette_becomes_its_colours():
     assert pixels(content)[0].tolist() == [[255, 0, 0], [0, 255, 0], [10, 20, 30]]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "GIF"])
-def test_transparent_palette_entry_is_white(kind):
-    content = encoded(palette_image(), kind, transparency=1)
-    assert pixels(content)[0].tolist() == [[255, 0, 0], [255, 255, 255], [10, 20, 30]]
-
-
-def test_half_transparent_palette_entry_is_mixed_with_white():
-    content = encoded(palette_image(), transparency=bytes([255, 0, 51]))
-    # 51 of 255 is a fifth: 255 - (255 - value) / 5
-    assert pixels(content)[0].tolist() == [[255, 0, 0], [255, 255, 255], [206, 208, 210]]
+@pytest.mark.parametrize(("kind", "transparency"), [("PNG", 1), ("GIF", 1), ("PNG", bytes([255, 0, 51]))])
+@pytest.mark.filterwarnings("error")
+def test_transparent_palette_entries_show_their_colours(kind, transparency):
+    content = encoded(palette_image(), kind, transparency=transparency)
+    assert pixels(content)[0].tolist() == [[255, 0, 0], [0, 255, 0], [10, 20, 30]]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_transparent_parts_of_rgba_are_white(kind):
+def test_transparent_parts_of_rgba_show_the_colours_beneath(kind):
     image = Image.fromarray(np.array([[[9, 8, 7, 255], [0, 0, 255, 0], [0, 100, 255, 51]]], dtype=np.uint8))
-    assert pixels(encoded(image, kind))[0].tolist() == [[9, 8, 7], [255, 255, 255], [204, 224, 255]]
+    assert pixels(encoded(image, kind))[0].tolist() == [[9, 8, 7], [0, 0, 255], [0, 100, 255]]
 
 
-def test_transparent_parts_of_la_are_white():
+def test_transparent_parts_of_la_show_the_grey_beneath():
     image = Image.new("LA", (3, 1))
-    image.putdata([(40, 255), (0, 0), (0, 51)])
+    image.putdata([(40, 255), (0, 0), (7, 51)])
     content = encoded(image)
     assert open_image(content).mode == "LA"
-    assert pixels(content)[0].tolist() == [[40] * 3, [255] * 3, [204] * 3]
+    assert pixels(content)[0].tolist() == [[40] * 3, [0] * 3, [7] * 3]
 
 
-def test_transparent_grey_value_is_white():
-    image = Image.fromarray(np.array([[0, 100]], dtype=np.uint8))
-    assert pixels(encoded(image, transparency=0))[0].tolist() == [[255] * 3, [100] * 3]
-
-
-def test_transparent_rgb_colour_is_white():
-    image = Image.fromarray(np.array([[[1, 2, 3], [100, 0, 0]]], dtype=np.uint8))
-    assert pixels(encoded(image, transparency=(1, 2, 3)))[0].tolist() == [[255] * 3, [100, 0, 0]]
+def test_values_declared_transparent_are_values_like_others():
+    grey = Image.fromarray(np.array([[0, 100]], dtype=np.uint8))
+    assert pixels(encoded(grey, transparency=0))[0].tolist() == [[0] * 3, [100] * 3]
+    colour = Image.fromarray(np.array([[[1, 2, 3], [100, 0, 0]]], dtype=np.uint8))
+    assert pixels(encoded(colour, transparency=(1, 2, 3)))[0].tolist() == [[1, 2, 3], [100, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -162,18 +156,16 @@ def test_16_bit_rgb_png_keeps_the_upper_byte():
     assert pixels(content)[0].tolist() == [[0x12, 0x80, 255], [0, 1, 0x0F]]
 
 
-def test_16_bit_transparent_png_is_laid_on_white():
-    assert pixels(png(6, [[(0x1234, 0x80FF, 65535, 65535), (0, 0, 0, 0)]]))[0].tolist() == [
-        [0x12, 0x80, 255],
-        [255] * 3,
-    ]
-    assert pixels(png(4, [[(0x1234, 65535), (0, 0)]]))[0].tolist() == [[0x12] * 3, [255] * 3]
+def test_16_bit_transparent_png_keeps_the_upper_byte():
+    content = png(6, [[(0x1234, 0x80FF, 65535, 65535), (0, 256, 0x0FFF, 0)]])
+    assert pixels(content)[0].tolist() == [[0x12, 0x80, 255], [0, 1, 0x0F]]
+    assert pixels(png(4, [[(0x1234, 65535), (0x80FF, 0)]]))[0].tolist() == [[0x12] * 3, [0x80] * 3]
 
 
 def test_floating_point_tiff_is_refused_with_its_name():
     content = encoded(Image.fromarray(np.ones((4, 4), dtype=np.float32)), "TIFF")
     with pytest.raises(UnreadableImageError, match=r"heat\.tiff.*floating-point"):
-        read({"path": "heat.tiff", "bytes": content}, EvalTransform((32, 32), 3), None)
+        load_image({"path": "heat.tiff", "bytes": content}, EvalTransform((32, 32), 3), None)
 
 
 def test_grey_model_sees_luminance():
@@ -202,13 +194,13 @@ def test_every_kind_of_source_gives_the_same_tensor(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no image at all", encoded(noise_image(0))[:150]])
 def test_broken_files_are_unreadable_and_named(content):
     with pytest.raises(UnreadableImageError, match=r"holiday\.png"):
-        read({"path": "holiday.png", "bytes": content}, EvalTransform((32, 32), 3), None)
+        load_image({"path": "holiday.png", "bytes": content}, EvalTransform((32, 32), 3), None)
 
 
 @pytest.mark.parametrize("source", [{"path": "nowhere.png", "bytes": None}, "nowhere.png"])
 def test_missing_file_is_unreadable_and_named(source):
     with pytest.raises(UnreadableImageError, match=r"^nowhere\.png"):
-        read(source, EvalTransform((32, 32), 3), None)
+        load_image(source, EvalTransform((32, 32), 3), None)
 
 
 # EXIF orientation
@@ -261,7 +253,7 @@ def test_orientation_of_a_large_jpeg_decoded_at_reduced_size(orientation):
 def decoded_size(width: int, height: int, box, size: tuple[int, int]) -> tuple[int, int]:
     """Size at which a JPEG of width x height is decoded for a crop."""
     image = open_image(encoded(Image.new("RGB", (width, height), "gray"), "JPEG"))
-    crop_and_resize(image, lambda *_: box, size, 3)
+    apply_geometry(image, Geometry(box, size), 3)
     return image.size
 
 
@@ -340,7 +332,7 @@ def test_images_of_extreme_shapes_can_be_read(shape, size):
     content = encoded(Image.new("RGB", shape, (1, 2, 3)))
     transform = TrainTransform(size, 3, scale=(1.0, 1.0))
     for seed in range(3):
-        tensor = read(content, transform, generator(seed))
+        tensor = load_image(content, transform, generator(seed))
         assert tensor.shape == (3, *size)
         assert (tensor == torch.tensor([1, 2, 3]).view(3, 1, 1)).all()
 
@@ -390,7 +382,7 @@ def test_resizing_by_torch_is_that_of_pillow(size):
     """Colour crops of whole pixels; at their edges Pillow sees no further either."""
     image = smooth_image(375, 500)
     for box in ((0, 0, 500, 375), (40, 30, 370, 320), (100, 50, 260, 180)):
-        actual = crop_and_resize(image, lambda *_, box=box: box, size, 3).permute(1, 2, 0).numpy().astype(int)
+        actual = apply_geometry(image, Geometry(box, size), 3).permute(1, 2, 0).numpy().astype(int)
         expected = np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box=box)).astype(int)
         assert np.abs(actual - expected).max() <= 3 and (actual != expected).mean() < 0.05
 
@@ -404,6 +396,33 @@ def test_flip_mirrors_half_of_the_images():
     plain = sum(torch.equal(result, upright) for result in results)
     mirrored = sum(torch.equal(result, upright.flip(2)) for result in results)
     assert plain + mirrored == 60 and 15 <= plain <= 45
+
+
+def test_geometry_is_a_value_that_tells_where_every_point_goes():
+    """Drawn once, it may be applied to whatever lies on the image: here to a disc by its centre, and to a picture."""
+    rows, columns = np.mgrid[0:80, 0:120]
+    x, y = 70.5, 30.5
+    disc = Image.fromarray(((((rows + 0.5 - y) ** 2 + (columns + 0.5 - x) ** 2) < 8**2) * 255).astype(np.uint8))
+    transform = TrainTransform((48, 64), 1, scale=(0.8, 1.0))
+    drawn = [transform.draw_geometry(120, 80, generator(seed)) for seed in range(12)]
+    assert len(set(drawn)) == 12 and {geometry.flip for geometry in drawn} == {False, True}
+    for seed, geometry in enumerate(drawn):
+        assert geometry == transform.draw_geometry(120, 80, generator(seed)) and geometry.size == (48, 64)
+        pixels = apply_geometry(disc.copy(), geometry, 1)
+        assert torch.equal(pixels, transform(disc.copy(), generator(seed)))
+        left, top, right, bottom = geometry.box
+        expected = (x - left) * 64 / (right - left), (y - top) * 48 / (bottom - top)
+        expected = (64 - expected[0], expected[1]) if geometry.flip else expected
+        if left < x - 9 and right > x + 9 and top < y - 9 and bottom > y + 9:
+            lit = (pixels[0] > 127).nonzero().float().mean(dim=0) + 0.5
+            assert lit.flip(0).tolist() == pytest.approx(expected, abs=0.3)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize(("orientation", "size"), [(1, (64, 40)), (6, (40, 64))])
+def test_upright_size(kind, orientation, size):
+    image = open_image(with_orientation(noise_image(3, height=40, width=64), kind, orientation))
+    assert upright_size(image) == upright_size(image) == size
 
 
 def test_augmentation_depends_on_the_generator_alone():

@@ -10,19 +10,17 @@ from datasets import Image as ImageFeature
 
 from tests.training_helpers import encoded, messages, noise_image, write_class_folders, write_images
 from training_greenmim.data.labels import (
-    LABEL,
     LabelledData,
-    Part,
     check_classes,
     class_weights,
-    draw,
     find_label_column,
     label_names,
-    load_class_folders,
     prepare,
     split,
+    stratified_subset,
     with_names,
 )
+from training_greenmim.data.readers import LABEL, Part, load_class_folders
 
 
 CONTENT = encoded(noise_image(0, 8, 8))
@@ -210,7 +208,7 @@ def unbalanced() -> datasets.Dataset:
 
 def test_draws_keep_shares_and_depend_on_the_seed_alone():
     records = unbalanced()
-    first, again, other = (draw(records, 10, seed, "max_train_samples") for seed in (1, 1, 2))
+    first, again, other = (stratified_subset(records, 10, seed, "max_train_samples") for seed in (1, 1, 2))
     assert Counter(classes_of(first)) == Counter(classes_of(other)) == {"a": 8, "b": 2}
     assert paths_of(first) == paths_of(again) and set(paths_of(first)) != set(paths_of(other))
     assert len(set(paths_of(first))) == 10
@@ -218,13 +216,13 @@ def test_draws_keep_shares_and_depend_on_the_seed_alone():
 
 @pytest.mark.parametrize("count", [None, 100, 1000])
 def test_all_are_drawn_where_no_fewer_are_wanted(count):
-    assert len(draw(unbalanced(), count, 0, "max_train_samples")) == 100
+    assert len(stratified_subset(unbalanced(), count, 0, "max_train_samples")) == 100
 
 
 @pytest.mark.parametrize("count", [-1, 0, 1])
 def test_too_few_for_all_classes_are_refused(count):
     with pytest.raises(ValueError, match=f"`max_eval_samples` is {count}, but the classes cannot be drawn so"):
-        draw(unbalanced(), count, 0, "max_eval_samples")
+        stratified_subset(unbalanced(), count, 0, "max_eval_samples")
 
 
 def test_parts_are_disjoint_with_equal_shares():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_greenmim.layout import move_tokens, nested_patches, patchify, take_tokens, token_places, unpatchify
+from modeling_greenmim.layout import move_tokens, nested_patches, patchify, take_tokens, token_raster_index, unpatchify
 from tests.oracle import nested_coordinates, random_images, units_of
 
 
@@ -49,7 +49,7 @@ def test_nested_patches_of_everything_of_a_shared_mask_and_of_masks_per_sample(h
 def test_runs_of_four_are_blocks_in_the_order_of_swin_recursively(side):
     """At every level: a run of four is one 2x2 block, and the runs are nested order of the halved grid."""
     grid, num_units = (2, 3), 6
-    places = token_places(np.arange(num_units)[None], grid, side)[0]
+    places = token_raster_index(np.arange(num_units)[None], grid, side)[0]
     columns = grid[1] * side
     while side > 1:
         runs = np.stack([places // columns, places % columns], axis=-1).reshape(-1, 4, 2)
@@ -58,11 +58,11 @@ def test_runs_of_four_are_blocks_in_the_order_of_swin_recursively(side):
             assert (runs[:, position] == 2 * blocks + corner).all()
         columns, side = columns // 2, side // 2
         places = blocks[:, 0] * columns + blocks[:, 1]
-        assert (places == token_places(np.arange(num_units)[None], grid, side)[0]).all()
+        assert (places == token_raster_index(np.arange(num_units)[None], grid, side)[0]).all()
     assert (places == np.arange(num_units)).all()
 
 
-def test_token_places_of_masks():
+def test_token_raster_index_of_masks():
     grid, side = (3, 4), 4
     visible = np.array([[0, 5, 11], [2, 3, 7]])
     expected = [
@@ -73,7 +73,7 @@ def test_token_places_of_masks():
         ]
         for units in visible
     ]
-    assert token_places(visible, grid, side).tolist() == expected
+    assert token_raster_index(visible, grid, side).tolist() == expected
 
 
 def test_take_tokens_shared_and_per_sample():

@@ -131,22 +131,26 @@ def test_an_undefined_metric_is_left_out_and_reported_once(caplog):
     ]
 
 
-def test_unreadable_images_are_left_out_and_counted():
-    logits = logits_of([*PREDICTIONS, 0, 0], 3)
-    labels = np.array([*LABELS, 2, 2])
-    logits[-1] = np.nan
-    logits[-2, 1] = np.nan
+def test_unreadable_images_and_predictions_that_are_not_finite_are_left_out_and_counted(caplog):
+    logits = logits_of([*PREDICTIONS, 0, 0, 0], 3)
+    labels = np.array([*LABELS, 2, 2, 2])
+    readable = np.array([True] * 10 + [False])
+    logits[-3, 1], logits[-2, 0] = np.nan, -np.inf
     metrics = load_metrics(None, 3)
-    readable = compute_metrics(metrics, logits[:-2], labels[:-2])
-    assert "unreadable" not in readable
-    assert compute_metrics(metrics, logits, labels) == {"unreadable": 2.0, **readable}
-    assert confusion_matrix(logits, labels).tolist() == COUNTS
+    counted = compute_metrics(metrics, logits[:-3], labels[:-3])
+    assert not {"unreadable", "non_finite"} & counted.keys()
+    found = compute_metrics(metrics, logits, labels, readable)
+    assert found == {"unreadable": 1.0, "non_finite": 2.0, **counted}
+    assert "2 predictions are not finite numbers" in caplog.text
+    assert confusion_matrix(logits, labels, readable).tolist() == COUNTS
 
 
-def test_all_images_unreadable():
-    logits, labels = np.full((3, 4), np.nan), np.zeros(3, dtype=np.int64)
-    assert compute_metrics(load_metrics(None, 4), logits, labels) == {"unreadable": 3.0}
-    assert confusion_matrix(logits, labels).tolist() == [[0] * 4] * 4
+def test_nothing_to_count():
+    logits, labels = np.zeros((3, 4)), np.zeros(3, dtype=np.int64)
+    unreadable = np.array([False, False, False])
+    assert compute_metrics(load_metrics(None, 4), logits, labels, unreadable) == {"unreadable": 3.0}
+    assert compute_metrics(load_metrics(None, 4), logits + np.nan, labels) == {"non_finite": 3.0}
+    assert confusion_matrix(logits, labels, unreadable).tolist() == [[0] * 4] * 4
 
 
 @pytest.mark.parametrize("shapes", [((4, 2), (3,)), ((4,), (4,)), ((4, 2), (4, 2))])
@@ -453,8 +457,9 @@ def test_rows_of_the_picture_are_true_classes(tmp_path):
     assert {"true class", "predicted class"} <= {text for text, *_ in texts}
 
 
-@pytest.mark.parametrize("size, has_counts, has_names", [(2, True, True), (100, False, True), (101, False, False)])
-def test_pictures_of_few_and_many_classes(tmp_path, size, has_counts, has_names):
+@pytest.mark.parametrize("size, has_counts, has_names", [(2, True, True), (22, False, True), (23, False, False)])
+def test_pictures_of_few_and_many_classes(tmp_path, monkeypatch, size, has_counts, has_names):
+    monkeypatch.setattr(metrics_module, "MOST_CLASSES_WITH_NAMES", 22)
     matrix = np.full((size, size), 777)
     matrix[0] = 0
     save_confusion_matrix(matrix, [f"name {number}" for number in range(size)], tmp_path / "picture.svg")

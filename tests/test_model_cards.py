@@ -10,7 +10,9 @@ from huggingface_hub import ModelCard
 
 import run_mim
 from modeling_greenmim import GreenMIMConfig, GreenMIMForImageClassification, GreenMIMForPreTraining, GreenMIMModel
-from modeling_greenmim.conversion import Checkpoint, build_parser, model_card
+from modeling_greenmim.conversion import Checkpoint
+from modeling_greenmim.conversion.__main__ import build_parser
+from modeling_greenmim.conversion.cards import model_card
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 from tests.hub_server import serve
 from tests.test_hub import execute
@@ -53,6 +55,10 @@ def test_cards_are_valid_and_honest(name):
 
 
 def test_python_in_the_cards_runs(tmp_path):
+    """All cards have the same code, but for the name of the model."""
+    cards = {name: blocks((FOLDER / f"{name}.md").read_text(), "python") for name in NAMES}
+    code, *others = ([block.replace(f"greenmim/{name}", "greenmim/NAME") for block in cards[name]] for name in cards)
+    assert len(code) == 2 and all(other == code for other in others)
     hub, server = serve()
     hub.url = f"http://127.0.0.1:{server.server_port}"
     values = {"image_size": 224, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
@@ -61,20 +67,12 @@ def test_python_in_the_cards_runs(tmp_path):
     model.save_pretrained(tmp_path / "model")
     build_image_processor(model.config).save_pretrained(tmp_path / "model")
     files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
-    code = []
-    for name in NAMES:
-        hub.create(f"greenmim/{name}")
-        hub.commit(f"greenmim/{name}", files, {"model.safetensors": True})
-        found = blocks((FOLDER / f"{name}.md").read_text(), "python")
-        assert len(found) == 2
-        code += [
-            *found,
-            "assert features.last_hidden_state.shape == (1, 49, 64)",
-            "assert len(backbone.channels) == 4",
-        ]
-    status, output = execute(
-        hub, tmp_path, ["-I", "-c", PREAMBLE + "\n".join(code), "unused"], token=None, name="elsewhere"
-    )
+    hub.create("greenmim/NAME")
+    hub.commit("greenmim/NAME", files, {"model.safetensors": True})
+    code += ["assert features.last_hidden_state.shape == (1, 49, 64)", "assert len(backbone.channels) == 4"]
+    hide_our_packages = PREAMBLE.partition("import torch")[0]
+    command = ["-I", "-c", hide_our_packages + "\n".join(code)]
+    status, output = execute(hub, tmp_path, command, token=None, name="elsewhere")
     server.shutdown()
     server.server_close()
     assert status == 0, output
@@ -94,19 +92,19 @@ def test_commands_in_the_cards_are_understood():
 
 
 def test_imported_weights_get_the_right_card():
-    released = Checkpoint("official", {}, "green_mim_swin_base_patch4_dec5121b1")
+    released = Checkpoint("original", {}, merging_order="row")
     wide = {"window_size": 14, "embed_dim": 192, "num_heads": [6, 12, 24, 48]}
     with torch.device("meta"):
         base, large, other = (GreenMIMModel(GreenMIMConfig(**values)) for values in ({}, wide, {"image_size": 448}))
         classifier = GreenMIMForImageClassification(GreenMIMConfig())
     assert "# GreenMIM Swin-B, window 7\n" in model_card(base, released, "a.pth", "mine")
     assert "# GreenMIM Swin-L, window 14\n" in model_card(large, released, "a.pth", "mine")
-    own = Checkpoint("official", {}, "green_mim_swin_patch4_dec512b1")
+    own = Checkpoint("original", {}, merging_order="column")
     with torch.device("meta"):
         twins = GreenMIMModel(GreenMIMConfig(backbone_type="twins"))
     text = model_card(twins, released, "a.pth", "mine")
     assert "A Twins transformer, converted" in text and "- twins\n" in text
-    for model, checkpoint in ((base, own), (other, released), (base, Checkpoint("microsoft", {}))):
+    for model, checkpoint in ((base, own), (other, released), (base, Checkpoint("microsoft-swin", {}))):
         text = model_card(model, checkpoint, "a.pth", "mine", " --image_size 224")
         assert "# mine\n" in text and "`a.pth`" in text and "--output mine --image_size 224\n" in text
         assert 'AutoModel.from_pretrained("mine"' in text and "{" not in text.split("## Citation")[0]

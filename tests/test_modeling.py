@@ -1,5 +1,6 @@
 """The models: gradients, saving and loading, Auto classes, precisions, compiling, exporting, and what is refused."""
 
+import copy
 import math
 
 import numpy as np
@@ -27,8 +28,9 @@ from modeling_greenmim import (
     GreenMIMForImageClassification,
     GreenMIMForPreTraining,
     GreenMIMModel,
+    blocks,
+    plan_mask,
 )
-from modeling_greenmim.grouping import plan_mask
 from tests.oracle import (
     DenseEncoder,
     assert_all_close,
@@ -355,7 +357,7 @@ def test_compiled_training_steps_equal_eager_ones():
     model = GreenMIMForPreTraining(
         tiny_config(image_size=64, depths=(1, 1), num_heads=(1, 1), window_size=4, decoder_num_attention_heads=1)
     )
-    compiled = torch.compile(model)
+    compiled = torch.compile(model, backend="aot_eager")  # the default back end is tested with static plans
     pixel_values = images(height=64, width=64)
     for seed in range(5):
         mask = random_masks(1, 64, 16, seed)
@@ -444,6 +446,32 @@ def test_a_step_on_a_device_waits_for_nothing(backbone_type, masks):
     assert loss.device.type == "meta" and all(parameter.grad is not None for parameter in model.parameters())
     with pytest.raises(RuntimeError, match="meta"):
         loss.item()  # what waiting would look like
+
+
+@pytest.mark.parametrize(
+    ("model_class", "backbone_type", "backend"),
+    [
+        (GreenMIMModel, "twins", "eager"),
+        (GreenMIMForImageClassification, "swin", "aot_eager"),
+        (GreenMIMBackbone, "swin", "eager"),
+    ],
+)
+def test_dense_models_compile_without_a_break(model_class, backbone_type, backend):
+    """A plan of everything is a constant of what is compiled; another size compiles anew."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    changes = {"depths": (2, 1), "num_heads": (1, 2), "image_size": 48, "window_size": 4}
+    model = model_class(tiny_config(**changes, backbone_type=backbone_type)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for size in ((48, 64), (64, 80), (48, 64)):
+        pixel_values = images(2, *size)
+        expected, actual = model(pixel_values), compiled(pixel_values)
+        for one, other in zip(actual.to_tuple(), expected.to_tuple()):
+            pairs = [(one, other)] if isinstance(one, torch.Tensor) else zip(one, other)
+            assert all(torch.allclose(*pair, atol=1e-5) for pair in pairs)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def exported_models():
@@ -630,10 +658,108 @@ def test_images_of_a_single_unit_cannot_be_masked(pretraining):
 
 
 @pytest.mark.parametrize("model_class", MODELS)
-def test_attention_weights_are_refused_where_nothing_keeps_them(model_class):
+def test_attention_weights_are_left_out_with_a_warning_where_nothing_keeps_them(model_class, caplog):
+    """As Transformers' Swin and ViT do under sdpa."""
     model = model_class._from_config(tiny_config(), attn_implementation="sdpa")
-    with pytest.raises(ValueError, match="`output_attentions` is True, but attn_implementation 'sdpa'"):
-        model(images(), output_attentions=True)
+    blocks.logger.warning_once.cache_clear()
+    assert model(images(), output_attentions=True).attentions == ()
+    assert [record.levelname for record in caplog.records if record.name == blocks.logger.name] == ["WARNING"]
+    assert "`output_attentions` is True, but attn_implementation 'sdpa'" in caplog.text
+    assert model(images()).attentions is None
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_unknown_arguments_are_refused_by_name(model_class):
+    model = model_class(tiny_config())
+    with pytest.raises(TypeError, match=rf"{model_class.__name__}.forward\(\) has no argument 'mask_rato', 'labl'"):
+        model(images(), mask_rato=0.5, labl=None)
+    # What Transformers hands to any model.
+    model(images(), num_items_in_batch=2, interpolate_pos_encoding=True, return_dict=True)
+
+
+def test_the_mask_ratio_of_pretraining_is_the_argument_or_the_configuration(pretraining):
+    assert pretraining(images(), mask_ratio=0.5).mask.sum(dim=1).tolist() == [18, 18]
+    assert pretraining(images()).mask.sum(dim=1).tolist() == [27, 27]
+    noise = torch.linspace(0, 1, 36)[None]
+    assert pretraining(images(), noise=noise, mask_ratio=0.5).mask[0].tolist() == [0] * 18 + [1] * 18
+    for ratio in (1.5, -0.1, math.nan):
+        with pytest.raises(ValueError, match=rf"`mask_ratio` is {ratio}, but it must be between 0 and 1"):
+            pretraining(images(), mask_ratio=ratio)
+    with pytest.raises(ValueError, match="`noise` and `mask_ratio` cannot be given too"):
+        pretraining(images(), bool_masked_pos=random_masks(1, 36, 9), mask_ratio=0.5)
+    plan = plan_mask(pretraining.config, torch.arange(9).view(1, 9))
+    with pytest.raises(ValueError, match=r"`plan` says what is masked; .*`mask_ratio`"):
+        pretraining(images(), plan=plan, mask_ratio=0.5)
+
+
+@pytest.mark.parametrize("model_class", MODELS)
+def test_empty_batches_are_refused(model_class):
+    with pytest.raises(ValueError, match=r"`pixel_values` has shape \(0, 3, 96, 96\); at least one image"):
+        model_class(tiny_config())(torch.zeros(0, 3, 96, 96))
+
+
+@pytest.mark.parametrize("name", ["bool_masked_pos", "noise"])
+def test_masks_without_a_row_are_refused(pretraining, name):
+    with pytest.raises(ValueError, match=rf"`{name}` has shape \(0, 36\).* at least one"):
+        pretraining(images(), **{name: torch.zeros(0, 36)})
+
+
+def test_targets_that_are_made_ahead_are_predicted(pretraining):
+    plan = plan_mask(pretraining.config, torch.arange(9).view(1, 9))
+    expected = pretraining(images(), plan=plan)
+    targets = pretraining.target.targets(images())
+    assert torch.equal(pretraining(images(), plan=plan, targets=targets).loss, expected.loss)
+    assert pretraining(images(), plan=plan, targets=expected.logits.detach()).loss == 0
+    with pytest.raises(ValueError, match=r"`targets` has shape \(2, 36, 5\), but \(2, 36, 768\) is predicted"):
+        pretraining(images(), plan=plan, targets=torch.zeros(2, 36, 5))
+
+
+# Quantisation
+
+
+class Int8Linear(torch.nn.Module):
+    """As bitsandbytes' 8-bit layer: its weight is of int8, its input stays floating."""
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        scale = linear.weight.abs().amax(dim=1, keepdim=True) / 127
+        self.weight = torch.nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
+        self.scale, self.bias = scale.detach(), linear.bias
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        assert hidden_states.is_floating_point()
+        return torch.nn.functional.linear(hidden_states, self.weight * self.scale, self.bias)
+
+
+def with_int8_linears(model: torch.nn.Module) -> torch.nn.Module:
+    for name, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear:
+            model.set_submodule(name, Int8Linear(module))
+    return model
+
+
+def quantize_dynamically(model: torch.nn.Module) -> torch.nn.Module:
+    torch.backends.quantized.engine = next(
+        name for name in ("fbgemm", "x86", "qnnpack") if name in torch.backends.quantized.supported_engines
+    )
+    return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.mark.parametrize("quantize", [quantize_dynamically, with_int8_linears])
+@pytest.mark.parametrize("backbone_type", ["swin", "twins"])
+@pytest.mark.parametrize("model_class", MODELS)
+def test_quantised_linears_compute_nearly_the_same(model_class, backbone_type, quantize):
+    torch.manual_seed(0)
+    model = model_class(tiny_config(backbone_type=backbone_type)).eval()
+    inputs = {"noise": torch.linspace(0, 1, 36)[None]} if model_class in MODELS[:2] else {}
+
+    def output(model):
+        with torch.no_grad():
+            outputs = model(images(), **inputs)
+        return tensors_of(outputs)[0] if "last_hidden_state" not in outputs else outputs.last_hidden_state
+
+    expected, actual = output(model), output(quantize(copy.deepcopy(model)))
+    assert 0 < (actual - expected).norm() < 0.1 * expected.norm()
 
 
 def test_patchify_refuses_partial_units(pretraining):

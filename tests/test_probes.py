@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import ResNetConfig, ResNetForImageClassification
 
 from modeling_greenmim import GreenMIMForImageClassification
 from tests.training_helpers import tiny_config
@@ -17,7 +16,6 @@ from training_greenmim.classification.probes import (
     fold_head,
     folded_head,
     freeze_encoder,
-    linear_head,
 )
 
 
@@ -143,12 +141,6 @@ def test_head_is_folded_within_the_context_alone():
     head = plain.classifier
     with folded_head(plain), folded_head(nn.ReLU()):
         assert plain.classifier is head
-
-
-def test_other_heads_are_refused():
-    config = ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=2)
-    with pytest.raises(ValueError, match=r"`mode` needs a classifier.*ResNetForImageClassification does not"):
-        linear_head(ResNetForImageClassification(config))
 
 
 # Neighbours

@@ -416,7 +416,8 @@ def test_other_architectures_have_neighbours(other, folders, tmp_path):
 
 
 def test_layers_of_vit_and_swin_have_rates_of_their_own(other, folders, tmp_path):
-    options = ("--model_name_or_path", other, "--ignore_mismatched_sizes", "true", *train_and_evaluate(folders))
+    options = ("--model_name_or_path", other, "--ignore_mismatched_sizes", "true", "--do_train", "--max_steps", 3)
+    options += ("--train_dir", folders / "train")
     alike, by_layer = (
         load_file(classify(tmp_path / str(decay), *options, "--layer_decay", decay) / "model.safetensors")
         for decay in (1.0, 0.5)
@@ -450,16 +451,8 @@ def write_parquet(folder: Path, labels: list, feature, split: str = "train", col
     return folder
 
 
-LABELS = {
-    "integers": (Value("int64"), [2, 10], ["2", "10"]),
-    "text": (Value("string"), ["cat", "dog"], ["cat", "dog"]),
-    "classes": (ClassLabel(names=["zebra", "ant"]), [0, 1], ["zebra", "ant"]),
-}
-
-
-@pytest.mark.parametrize("kind", LABELS)
-def test_data_set_with_labels_of_any_kind(pretrained, tmp_path, kind):
-    feature, values, names = LABELS[kind]
+def test_data_set_with_labels_that_are_numbers(pretrained, tmp_path):
+    feature, values, names = Value("int64"), [2, 10], ["2", "10"]
     data = write_parquet(tmp_path / "data", values * 5, feature)
     write_parquet(data, values * 2, feature, "test")
     output = classify(
@@ -921,7 +914,7 @@ def test_evaluating_and_saving_do_not_change_the_run(pretrained, folders, tmp_pa
 
 
 def test_killed_and_resumed_run_equals_one_that_was_not(pretrained, folders, tmp_path):
-    common = ["--model_name_or_path", pretrained, "--train_dir", folders / "train", "--do_train", "--max_steps", 30]
+    common = ["--model_name_or_path", pretrained, "--train_dir", folders / "train", "--do_train", "--max_steps", 18]
     common += [*RESUMED["everything"], "--gradient_accumulation_steps", 1]
     whole = classify(tmp_path / "whole", *common)
     killed = tmp_path / "killed"
@@ -949,6 +942,8 @@ for argv in json.loads(sys.argv[1]):
 def test_two_processes_train_and_evaluate_as_one(pretrained, folders, tmp_path):
     data = ("--model_name_or_path", pretrained, *train_and_evaluate(folders), "--do_predict", "--max_steps", 5)
     plain = (*data, "--learning_rate", 0.01, "--random_erasing", 0, "--drop_path_rate", 0, "--balance", "false")
+    # Biases of keys have no gradient but rounding, which Adam would make as large as any other.
+    plain += ("--adam_epsilon", 1e-5)
     halves = ("--per_device_train_batch_size", 2, "--per_device_eval_batch_size", 3, "--ddp_backend", "gloo")
     # Large weights make much of the statistics of batch norm.
     linear = (*data, "--mode", "linear", "--lars", "false", "--learning_rate", 0.5, "--ema_decay", 0.5)

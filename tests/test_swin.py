@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import SwinConfig, SwinModel
 
-from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel, grouping, plan_mask, swin
+from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel, blocks, packing, plan_mask, planning
 from modeling_greenmim.attention import GreenMIMWindowAttention
-from modeling_greenmim.swin import GreenMIMDropPath, GreenMIMMLP
+from modeling_greenmim.blocks import GreenMIMDropPath, GreenMIMMLP
 from tests.oracle import (
     DenseEncoder,
     assert_all_close,
@@ -144,17 +144,17 @@ def groups_of(size):
         if size is None:
             return None
         group_size = max(size, int(counts.max()))
-        packed = [grouping.pack_windows(np.bincount(row).tolist(), group_size) for row in counts]
+        packed = [packing.pack_windows(np.bincount(row).tolist(), group_size) for row in counts]
         return group_size, max(groups for _, groups in packed), [slots for slots, _ in packed]
 
     return choose
 
 
 def test_equals_the_dense_oracle_where_every_stage_moves_tokens(monkeypatch):
-    monkeypatch.setattr(grouping, "choose_groups", groups_of(1))
+    monkeypatch.setattr(planning, "choose_groups", groups_of(1))
     mask = random_masks(1, 36, 9)
     visible = (~mask).nonzero()[:, 1].view(1, -1).numpy()
-    plans = grouping.plan_stages(visible, (24, 24), (3, 3, 3))
+    plans = planning.plan_stages(visible, (24, 24), (3, 3, 3))
     assert all(group.token_of_slot is not None for plan in plans for group in plan.groups)
     check_against_oracle(tiny_config(window_size=3), mask, 96, 96)
     check_against_oracle(tiny_config(window_size=3), random_masks(2, 36, 9), 96, 96)
@@ -168,15 +168,15 @@ def test_the_plan_changes_no_result(kind, monkeypatch):
     sizes = set()
     for size in (None, 1, 29, 50, 200):
         with monkeypatch.context() as patch:
-            patch.setattr(grouping, "choose_groups", groups_of(size))
+            patch.setattr(planning, "choose_groups", groups_of(size))
             visible = (~mask).nonzero()[:, 1].view(len(mask), -1).numpy()
-            plans = grouping.plan_stages(visible, (24, 24), (5, 5, 5))
+            plans = planning.plan_stages(visible, (24, 24), (5, 5, 5))
             sizes.add(plans[0].groups[1].group_size)
             assert_all_close(run(model, mask), expected, 1e-10)
     assert len(sizes) == 5
     for cost in (0, 1, 1000):
         with monkeypatch.context() as patch:
-            patch.setattr(grouping, "SLOT_COST", cost)
+            patch.setattr(packing, "SLOT_COST", cost)
             assert_all_close(run(model, mask), expected, 1e-10)
 
 
@@ -223,7 +223,7 @@ def test_an_mlp_in_parts_equals_the_whole(monkeypatch):
     parts = []
     mlp.fc1.register_forward_hook(lambda module, inputs, output: parts.append(len(inputs[0])))
     expected = mlp(tokens)
-    monkeypatch.setattr(swin, "CPU_TOKENS", 13)
+    monkeypatch.setattr(blocks, "CPU_TOKENS", 13)
     with torch.no_grad():
         assert_close(mlp(tokens), expected)
     assert parts == [5, 2, 2, 1]
@@ -236,7 +236,7 @@ def test_an_mlp_in_parts_equals_the_whole(monkeypatch):
 @pytest.mark.parametrize(("slot_cost", "width"), [(0, 96), (32, 128)])
 def test_attentions_are_in_raster_order(kind, slot_cost, width, monkeypatch):
     """Plans of all units are kept: another width for another cost."""
-    monkeypatch.setattr(grouping, "SLOT_COST", slot_cost)
+    monkeypatch.setattr(packing, "SLOT_COST", slot_cost)
     height = 64
     config = tiny_config(image_size=(height, width), window_size=3)
     model = randomize(GreenMIMModel._from_config(config, attn_implementation="eager"))
@@ -327,7 +327,7 @@ def test_drop_path_of_everything_leaves_the_residual_stream():
     model = randomize(GreenMIMModel(tiny_config(depths=[2], num_heads=[2], image_size=24)))
     block = copy.deepcopy(model.encoder.layers[0].blocks[0]).train()
     block.drop_path.rate = 1 - 1e-12
-    plan = grouping.plan_stages(np.arange(36)[None], (6, 6), (5,))[0].groups[0]
+    plan = planning.plan_stages(np.arange(36)[None], (6, 6), (5,))[0].groups[0]
     tokens = torch.randn(2, 36, 8, dtype=torch.float64)
     assert torch.equal(block(tokens, plan)[0], tokens)
 

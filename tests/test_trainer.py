@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 from modeling_greenmim import GreenMIMForPreTraining
-from modeling_greenmim.decoder import normalize_units
 from modeling_greenmim.image_processing_greenmim import build_image_processor
+from modeling_greenmim.targets import normalize_units
 from tests.training_helpers import SHORT_RUN, encoded, messages, noise_image, tiny_config
 from training_greenmim.data.image_dataset import ImageDataset
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
@@ -341,7 +341,9 @@ def test_last_good_checkpoint_is_one_with_good_weights(tmp_path):
     trainer.add_callback(Break(3))
     with pytest.raises(NonFiniteLossError) as caught:
         trainer.train()
-    # checkpoint-3 was saved after the weights broke and before a loss could tell.
+    # The weights broke in the step that would have been saved, before a loss could tell.
+    assert "The weights are not finite numbers after step 3." in str(caught.value)
+    assert not (tmp_path / "checkpoint-3").exists()
     named = [folder for folder in tmp_path.glob("checkpoint-*") if str(folder) + "." in str(caught.value)]
     assert len(named) == 1
     assert all(value.isfinite().all() for value in load_file(named[0] / "model.safetensors").values())
@@ -351,8 +353,8 @@ def test_where_looking_would_wait_a_broken_loss_is_found_before_the_next_log_or_
     for name, intervals in (("log", {"logging_steps": 5}), ("save", {"logging_steps": 50, "save_steps": 5})):
         trainer = make_trainer(tmp_path / name, max_steps=8, save_strategy="steps", **{"save_steps": 2, **intervals})
         trainer.waits_to_check = True  # as on a GPU
-        trainer.add_callback(Break(2))
-        with pytest.raises(NonFiniteLossError, match=r"not a finite number at step 3\."):
+        trainer.add_callback(Break(3))
+        with pytest.raises(NonFiniteLossError, match=r"not a finite number at step 4\."):
             trainer.train()
         saved = {path.name for path in (tmp_path / name).glob("checkpoint-*")}
         assert saved <= {"checkpoint-2"}, "nothing is saved after it"

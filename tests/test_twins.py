@@ -97,6 +97,9 @@ def golden_file(folder, channels_last: bool, decoder: dict) -> tuple:
             name for name in weights if ".sr.weight" in name or re.match(r"patch_embeds.[1-3].proj.weight", name)
         ]
         weights |= {name: weights[name].permute(0, 2, 3, 1) for name in strided}
+        for name in weights:
+            if re.match(r"pos_block.\d.proj.0.weight", name):
+                weights[name][:, :, 1, 1] += 1  # its convolution is all of the position encoding, without residual
         weights = {f"encoder.{name}": tensor for name, tensor in weights.items()} | decoder
     torch.save({"model": weights}, folder / "twins.pth")
     return folder / "twins.pth", tensors
@@ -142,7 +145,7 @@ def test_dense_golden(channels_last, attn_implementation, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "target"), [(GreenMIMForPreTraining, "original"), (GreenMIMModel, "timm")])
-def test_exports_come_back_bit_for_bit(kind, target, tmp_path):
+def test_exports_come_back(kind, target, tmp_path):
     config = twins_config(depths=[2, 2, 3], layer_norm_eps=1e-6)
     model = randomize(kind(config)).float()
     model.save_pretrained(tmp_path / "model")
@@ -153,7 +156,9 @@ def test_exports_come_back_bit_for_bit(kind, target, tmp_path):
     assert all(getattr(imported.config, name) == getattr(config, name) for name in names)
     assert imported.state_dict().keys() == model.state_dict().keys()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(imported.state_dict()[name], tensor), name
+        # Official GreenMIM has the residual of the position encoding within its weights: added and subtracted.
+        rounding = 3e-7 if target == "original" and "position_encoding.conv.weight" in name else 0
+        torch.testing.assert_close(imported.state_dict()[name], tensor, atol=rounding, rtol=0)
 
 
 def test_exported_names_and_shapes_are_those_of_twins(tmp_path):
@@ -163,14 +168,14 @@ def test_exported_names_and_shapes_are_those_of_twins(tmp_path):
         backbone_type="twins", embed_dim=8, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8], layer_norm_eps=1e-6
     )
     GreenMIMModel(config).save_pretrained(tmp_path / "model")
-    assert export_model(str(tmp_path / "model"), "timm", str(tmp_path / "twins.safetensors")) == 0
+    assert export_model(str(tmp_path / "model"), "timm", str(tmp_path / "twins.safetensors")) < 1e-4
     assert {name: tensor.shape for name, tensor in load_file(tmp_path / "twins.safetensors").items()} == expected
 
 
 @pytest.mark.parametrize("target", ["microsoft-swin", "transformers-swin"])
 def test_formats_of_swin_refuse_twins(target, tmp_path):
     GreenMIMModel(twins_config()).save_pretrained(tmp_path / "model")
-    with pytest.raises(CheckpointError, match=f"is a Twins, which {target} cannot express; export it to timm"):
+    with pytest.raises(CheckpointError, match=f"is a Twins, which {target} cannot express; export it to .*timm"):
         export_model(str(tmp_path / "model"), target, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -4,8 +4,78 @@
 Each entry has a canary in tests/test_compat.py that says what changed when a new version breaks it.
 """
 
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import datasets
+import evaluate
+from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
 
 # transformers
+
+
+@contextlib.contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keeps `from_pretrained` from logging its table of weights that are new or not used."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return " LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
+def make_next_training_create_a_scheduler(trainer: Trainer) -> None:
+    """Tells a trainer that its schedule is of its own making, so that a second `train` begins with a new one."""
+    trainer._created_lr_scheduler = True
+
+
+class CheckpointTrainer(Trainer):
+    """`Trainer` that leaves to a method of its own, `save_checkpoint`, where and when a checkpoint is written.
+
+    `Trainer._save_checkpoint` writes into the final folder, pushes it and deletes older ones, all in one method.
+    """
+
+    def save_checkpoint(self) -> None:
+        """Saves a checkpoint of where the run stands; called in all processes."""
+        raise NotImplementedError
+
+    def _save_checkpoint(self, model, trial):
+        self.save_checkpoint()
+
+    def write_checkpoint(self, folder: str) -> None:
+        """Writes all files of `Trainer`'s checkpoints into a folder; called in all processes."""
+        self.store_flos()
+        self.save_model(folder, _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(folder)
+            self._save_scaler(folder)
+            self._save_rng_state(folder)
+        if self.args.should_save:
+            for part in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(part, ExportableState):
+                    self._keep_state_of(part)
+            self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
+
+    def _keep_state_of(self, part: ExportableState) -> None:
+        states, name = self.state.stateful_callbacks, type(part).__name__
+        if isinstance(states[name], list):
+            states[name].append(part.state())
+        else:
+            states[name] = part.state()
+
+    def push_checkpoint(self, folder: str) -> None:
+        """Sends a checkpoint to the Hub as `hub_strategy` says; called in all processes."""
+        self._push_from_checkpoint(folder)
 
 
 # accelerate
@@ -14,7 +84,33 @@ Each entry has a canary in tests/test_compat.py that says what changed when a ne
 # datasets
 
 
+def datasets_fingerprint(records: datasets.Dataset) -> str:
+    """What `datasets` calls the state of a data set by in its cache: the same in each run that makes it alike."""
+    return records._fingerprint
+
+
+def datasets_cache_folder() -> str:
+    """Folder of the files that `datasets` keeps; the environment's HF_DATASETS_CACHE sets it."""
+    return str(datasets.config.HF_DATASETS_CACHE)
+
+
 # evaluate
+
+
+def evaluate_endpoint() -> str:
+    """Address of the Hub that `evaluate` asks for metrics."""
+    return evaluate.config.HF_ENDPOINT
+
+
+@contextlib.contextmanager
+def evaluate_offline() -> Iterator[None]:
+    """Makes `evaluate` look into its cache only."""
+    before = evaluate.config.HF_EVALUATE_OFFLINE
+    evaluate.config.HF_EVALUATE_OFFLINE = True
+    try:
+        yield
+    finally:
+        evaluate.config.HF_EVALUATE_OFFLINE = before
 
 
 # kornia

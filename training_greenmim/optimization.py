@@ -10,13 +10,15 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from modeling_greenmim.encoders import ENCODERS
+
 
 # Blocks of hierarchical models have a stage and a number, those of ViT a number alone.
-_HIERARCHICAL = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.(?:blocks\.(\d+)|downsample|position_encoding)\.")
+_HIERARCHICAL = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.(?:blocks\.(\d+)|(\w+))(?:\.|$)")
 _PLAIN = re.compile(r"(?:^|\.)vit\.layers\.(\d+)\.")
 # Model types whose layers are known, and where their configuration says how many blocks each stage has.
 _DEPTHS_OF = {
-    "greenmim": lambda config: list(config.depths),
+    "greenmim": lambda config: ENCODERS[config.backbone_type].layer_depths(config),
     "swin": lambda config: list(config.depths),
     "vit": lambda config: [config.num_hidden_layers],
 }
@@ -32,8 +34,8 @@ def layer_of_parameter(name: str, depths: list[int]) -> int:
     """Number of the layer that a parameter of an image classifier (GreenMIM, Swin or ViT) belongs to.
 
     The embedding is layer 0, block i (counted through the stages) layer i + 1, and the final norm and the classifier
-    are layer `sum(depths) + 1`. A merge goes with the last block of the stage that it ends, Twins' position encoding
-    with the first block of its stage, which it follows.
+    are layer `sum(depths) + 1`. A merge goes with the last block of the stage that it ends, whatever else a stage has,
+    such as Twins' position encoding, with the first.
 
     Args:
         name: as `named_parameters` gives it, of the model itself or of one that is wrapped.
@@ -44,11 +46,11 @@ def layer_of_parameter(name: str, depths: list[int]) -> int:
     """
     parts = name.split(".")
     if match := _HIERARCHICAL.search(name):
-        stage, block = match.groups()
+        stage, block, module = match.groups()
         blocks_before, blocks = sum(depths[: int(stage)]), depths[int(stage)]
         if block is not None:
             return blocks_before + int(block) + 1
-        return blocks_before + (1 if "position_encoding" in parts else blocks)
+        return blocks_before + (blocks if module == "downsample" else 1)
     if match := _PLAIN.search(name):
         return int(match[1]) + 1
     if "embeddings" in parts:

@@ -2,7 +2,7 @@
 """Augmentation of whole batches for fine-tuning, on the device of the batch: RandAugment, erasing, mixup and cutmix.
 
 The recipe is SimMIM's fine-tuning, that is, timm's transforms, on kornia. Where kornia lacks a part (magnitude noise
-and increasing severity, noise per pixel, Beta-distributed mixup), a small subclass adds it.
+and increasing severity, noise per pixel), a small subclass adds it; mixup and cutmix are a line each.
 
 Parameters are drawn per image from torch's global CPU generator, so that no step waits for an accelerator; noise is
 drawn where the images are. `torch.manual_seed` before a call repeats it exactly.
@@ -15,20 +15,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from kornia import enhance
-from kornia.augmentation import AugmentationBase2D, ColorJitter, RandomErasing, RandomMixUpV2
+from kornia.augmentation import AugmentationBase2D, ColorJitter, RandomErasing
 from torch import nn
 
+from ..data.scaling import PixelScaling
 
-# How augmentation here differs from timm's, for the help of the recipes.
-DEVIATIONS = (
-    "RandAugment rounds to 8 bits after an operation where Pillow's enhancements truncate."
-    " Its rotations, shears and translations are bicubic with torch's coefficient (-0.75 where Pillow has -0.5)."
-    " Posterizing keeps at least one bit."
-    " There are only the operations whose severity increases with the magnitude (inc1)."
-    " Colour jitter draws the order of its adjustments once a batch, not for each image."
-    " Random erasing draws the aspect ratio uniformly from [0.3, 1] or from [1, 1/0.3], with equal chances, instead of"
-    " log-uniformly, and clips a rectangle that is larger than the image instead of drawing again."
-)
 
 MAX_MAGNITUDE = 10.0
 
@@ -52,7 +43,7 @@ def parse_rand_augment(text: str) -> RandAugmentSettings:
     """Settings of RandAugment from timm's notation, such as "m9-n2-mstd0.5-inc1" or "rand-m9-n2-mstd0.5-inc1".
 
     m = magnitude, n = operations for each image, mstd = standard deviation of the magnitude, p = probability of an
-    operation, inc1 = severity increases with the magnitude (the only kind there is, so it must be there).
+    operation, inc1 = severity increases with the magnitude (there is no other, so it must be there).
 
     Raises:
         `ValueError`: for other parts, parts given twice, numbers out of range, or without inc1.
@@ -257,37 +248,30 @@ class BatchAugmentation(nn.Module):
     """RandAugment or colour jitter, normalisation, then random erasing; every image by draws of its own.
 
     As in timm, colour jitter plays no part where RandAugment is on. With everything off, images are only normalised.
-    The module follows the device of the images and needs not be moved.
+    `scaling` must be where the images are; nothing else has a device.
 
     Args:
         rand_augment: see `parse_rand_augment`; None = off.
         color_jitter: brightness, contrast and saturation are multiplied by factors within 1 +- this; 0 = off.
         random_erasing: probability of erasing an image; 0 = off.
-        mean, std: of each channel, for images in [0, 1]; 1 (grey) or 3 (RGB) channels.
+        scaling: what normalises; what geometric operations move in from outside becomes zero by it.
 
     Raises:
         `ValueError`: for values out of range.
     """
 
-    def __init__(
-        self,
-        rand_augment: str | None,
-        color_jitter: float,
-        random_erasing: float,
-        mean: list[float],
-        std: list[float],
-    ):
+    def __init__(self, rand_augment: str | None, color_jitter: float, random_erasing: float, scaling: PixelScaling):
         super().__init__()
-        if len(mean) not in (1, 3) or len(std) != len(mean):
-            raise ValueError(f"`mean` is {mean!r} and `std` is {std!r}; both need one number, or three.")
+        if len(scaling.order) not in (1, 3):
+            raise ValueError(f"`scaling` has {len(scaling.order)} channels; images have 1 (grey) or 3 (RGB).")
         if color_jitter < 0:
             raise ValueError(f"`color_jitter` is {color_jitter!r}; it must be at least 0.")
         if not 0 <= random_erasing <= 1:
             raise ValueError(f"`random_erasing` is {random_erasing!r}; a probability is from 0 to 1.")
-        self.mean, self.std = torch.tensor(mean).view(-1, 1, 1), torch.tensor(std).view(-1, 1, 1)
+        self.scaling = scaling
         self.distort = nn.Identity()
         if rand_augment is not None:
-            self.distort = RandAugment(parse_rand_augment(rand_augment), self.mean)
+            self.distort = RandAugment(parse_rand_augment(rand_augment), scaling.mean)
         elif color_jitter > 0:
             self.distort = ColorJitter(color_jitter, color_jitter, color_jitter)
         self.erase = PixelErasing(random_erasing) if random_erasing > 0 else nn.Identity()
@@ -303,35 +287,19 @@ class BatchAugmentation(nn.Module):
             Normalised floating-point images of the same shape.
 
         Raises:
-            `ValueError`: when images have other channels than `mean`, or another type.
+            `ValueError`: when images have other channels than `scaling`, or another type.
         """
-        if images.ndim != 4 or images.shape[1] != len(self.mean):
+        channels = len(self.scaling.order)
+        if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(
-                f"`images` has shape {tuple(images.shape)}; it must be (batch, {len(self.mean)}, height, width),"
-                " with as many channels as `mean` has numbers."
+                f"`images` has shape {tuple(images.shape)}; it must be (batch, {channels}, height, width), with the"
+                " channels of `scaling`."
             )
         if images.dtype == torch.uint8:
             images = images / 255
         elif not images.is_floating_point():
             raise ValueError(f"`images` is of type {images.dtype}; it must be uint8, or floating point in [0, 1].")
-        images = (self.distort(images) - self.mean.to(images)) / self.std.to(images)
-        return self.erase(images)
-
-
-class BetaMixUp(RandomMixUpV2):
-    """Mixup (Zhang et al., 2018) with a share of the partner drawn from Beta(alpha, alpha), one for the batch.
-
-    An image's partner is the one at its place counted from the end, as in timm.
-    """
-
-    def __init__(self, alpha: float):
-        super().__init__()
-        self.share = torch.distributions.Beta(alpha, alpha)
-
-    def generate_parameters(self, batch_shape) -> dict[str, torch.Tensor]:
-        """`mixup_pairs`, the partners, and `mixup_lambdas`, their shares: (batch,)."""
-        pairs = torch.arange(batch_shape[0]).flip(0)
-        return {"mixup_pairs": pairs, "mixup_lambdas": self.share.sample().expand(len(pairs))}
+        return self.erase(self.scaling(self.distort(images)))
 
 
 def cutmix(images: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:
@@ -365,11 +333,11 @@ class Mixing(nn.Module):
 
     Args:
         num_labels: number of classes.
-        mixup_alpha, cutmix_alpha: parameter of the Beta distributions; 0 turns that kind off.
-        switch_probability: of cutmix, where both kinds are on.
+        mixup_alpha, cutmix_alpha: parameter of the Beta distributions; 0 turns it off.
+        switch_probability: of cutmix, where both are on.
 
     Raises:
-        `ValueError`: for values out of range, or both kinds off.
+        `ValueError`: for values out of range, or both off.
     """
 
     def __init__(self, num_labels: int, mixup_alpha: float, cutmix_alpha: float, switch_probability: float = 0.5):
@@ -382,7 +350,7 @@ class Mixing(nn.Module):
         if not 0 <= switch_probability <= 1:
             raise ValueError(f"`switch_probability` is {switch_probability!r}; a probability is from 0 to 1.")
         self.num_labels = num_labels
-        self.mixup = BetaMixUp(mixup_alpha) if mixup_alpha > 0 else None
+        self.mixup_share = torch.distributions.Beta(mixup_alpha, mixup_alpha) if mixup_alpha > 0 else None
         self.cutmix_share = torch.distributions.Beta(cutmix_alpha, cutmix_alpha) if cutmix_alpha > 0 else None
         if mixup_alpha == 0:
             switch_probability = 1.0
@@ -411,7 +379,8 @@ class Mixing(nn.Module):
         if torch.rand(()) < self.switch_probability:
             images, share = cutmix(images, float(self.cutmix_share.sample()))
         else:
-            images = self.mixup(images)
-            share = float(self.mixup._params["mixup_lambdas"][0])
+            # Zhang et al., 2018; kornia's draws a partner and a share for each image, and not from Beta.
+            share = float(self.mixup_share.sample())
+            images = torch.lerp(images, images.flip(0), share)
         targets = F.one_hot(labels, self.num_labels).float()
         return images, torch.lerp(targets, targets.flip(0), share)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 
 EMA_FILE = "ema.safetensors"
@@ -60,11 +61,11 @@ class EMACallback(TrainerCallback):
             self.load(self.checkpoint)
 
     def _check_setting(self, args: TrainingArguments, model: nn.Module) -> None:
-        kind = args.distributed_state.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        distributed_type = args.distributed_state.distributed_type
+        if distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
             raise ValueError(
-                f"`ema_decay` is {self.decay}, but {kind.value} may shard the weights; averages need whole ones. Train"
-                " without it, or without `ema_decay`."
+                f"`ema_decay` is {self.decay}, but {distributed_type.value} may shard the weights; averages need whole"
+                " ones. Train without it, or without `ema_decay`."
             )
         for name, parameter in _averaged_tensors(model).items():
             if parameter.dtype in (torch.bfloat16, torch.float16):
@@ -180,10 +181,13 @@ class EMATrainerMixin:
         if self.ema is not None and is_checkpoint and self.args.should_save:
             self.ema.save(output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Trains; a resumed run goes on with the average of its checkpoint."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
         if self.ema is not None:
-            self.ema.checkpoint = resume_from_checkpoint
+            self.ema.checkpoint = resume_from_checkpoint or None
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import datasets
 import evaluate
-import matplotlib.figure
 import numpy as np
 import requests
 from huggingface_hub import is_offline_mode
 from transformers.utils import logging
+
+from ..compat import evaluate_endpoint, evaluate_offline
+from ..runs.extras import require
 
 
 logger = logging.get_logger(__name__)
@@ -76,13 +78,13 @@ def _load(name: str) -> evaluate.EvaluationModule:
         if not _is_name_on_hub(name):
             return evaluate.load(os.path.abspath(name), module_type="metric", keep_in_memory=True)
         reachable = _hub_answers()
-        with contextlib.nullcontext() if reachable else _evaluate_offline():
+        with contextlib.nullcontext() if reachable else evaluate_offline():
             return evaluate.load(name, module_type="metric", keep_in_memory=True)
     # A module is any code and may fail in any way.
     except Exception as error:
         reason = str(error)
         if isinstance(error, FileNotFoundError) and not reachable:
-            reason = f"it is not cached, and the Hub at {evaluate.config.HF_ENDPOINT} could not be reached"
+            reason = f"it is not cached, and the Hub at {evaluate_endpoint()} could not be reached"
         raise ValueError(
             f"`metrics` holds {name!r}, which could not be loaded: {reason.rstrip('.')}. Right are {SHIPPED_METRICS},"
             " the path of an `evaluate` module, and the name of a metric on the Hub."
@@ -106,21 +108,10 @@ def _hub_answers() -> bool:
     if is_offline_mode():
         return False
     try:
-        requests.head(evaluate.config.HF_ENDPOINT, timeout=HUB_TIMEOUT)
+        requests.head(evaluate_endpoint(), timeout=HUB_TIMEOUT)
     except requests.RequestException:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _evaluate_offline():
-    """Makes `evaluate` look into its cache only."""
-    before = evaluate.config.HF_EVALUATE_OFFLINE
-    evaluate.config.HF_EVALUATE_OFFLINE = True
-    try:
-        yield
-    finally:
-        evaluate.config.HF_EVALUATE_OFFLINE = before
 
 
 def _try_out(metric: evaluate.EvaluationModule, name: str, num_labels: int) -> None:
@@ -134,7 +125,10 @@ def _try_out(metric: evaluate.EvaluationModule, name: str, num_labels: int) -> N
 
 
 def compute_metrics(
-    metrics: list[evaluate.EvaluationModule], logits: np.ndarray, labels: np.ndarray
+    metrics: list[evaluate.EvaluationModule],
+    logits: np.ndarray,
+    labels: np.ndarray,
+    readable: np.ndarray | None = None,
 ) -> dict[str, float]:
     """What metrics say of predictions.
 
@@ -143,20 +137,25 @@ def compute_metrics(
     classes of highest logit. All are given `references`, the labels.
 
     Args:
-        logits: `(samples, classes)`; a row with a NaN stands for an image that could not be read, and is left out.
+        logits: `(samples, classes)`.
         labels: `(samples,)`, integers.
+        readable: `(samples,)`, whether the image could be read; None = all. Others are left out.
 
     Returns:
-        Every result that is a single number; those that are undefined (NaN) are left out and reported once. Where
-        images were left out, their number is `unreadable`; where all were, there is nothing else.
+        Every result that is a single number; those that are undefined (NaN) are left out and reported once. The number
+        of images that could not be read is `unreadable`, that of readable images whose logits are not finite is
+        `non_finite`; both are left out of everything else, and where nothing remains there is nothing else.
 
     Raises:
         `ValueError`: when the shapes do not fit.
     """
-    logits, labels, num_unreadable = _readable(logits, labels)
-    results = {"unreadable": float(num_unreadable)} if num_unreadable else {}
+    counted, left_out = _counted(logits, labels, readable)
+    results = {name: float(number) for name, number in left_out.items() if number}
+    if "non_finite" in results:
+        logger.warning(f"{left_out['non_finite']} predictions are not finite numbers; metrics leave them out.")
+    logits, labels = logits[counted], labels[counted]
     if not len(labels):
-        logger.warning_once("There is no metric, because no image could be read.")
+        logger.warning_once("There is no metric, because no image has a prediction.")
         return results
     for metric in metrics:
         for key, value in _compute(metric, logits, labels).items():
@@ -169,27 +168,31 @@ def compute_metrics(
     return results
 
 
-def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def confusion_matrix(logits: np.ndarray, labels: np.ndarray, readable: np.ndarray | None = None) -> np.ndarray:
     """Counts of predictions, integers `(classes, classes)`: a row per true class, a column per predicted one.
 
     Args:
-        logits, labels: as for `compute_metrics`.
+        logits, labels, readable: as for `compute_metrics`.
     """
-    logits, labels, _ = _readable(logits, labels)
+    counted, _ = _counted(logits, labels, readable)
+    logits, labels = logits[counted], labels[counted]
     if not len(labels):
         return np.zeros((logits.shape[1], logits.shape[1]), dtype=np.int64)
     inputs = {"predictions": logits.argmax(axis=1), "references": labels}
     return _load("confusion_matrix").compute(**inputs, labels=np.arange(logits.shape[1]))["confusion_matrix"]
 
 
-def _readable(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+def _counted(logits: np.ndarray, labels: np.ndarray, readable: np.ndarray | None) -> tuple[np.ndarray, dict[str, int]]:
+    """Which samples count, and how many of the others there are of each sort."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"`logits` have the shape {logits.shape} and `labels` the shape {labels.shape};"
             " (samples, classes) and (samples,) is right."
         )
-    readable = ~np.isnan(logits).any(axis=1)
-    return logits[readable], labels[readable], int((~readable).sum())
+    if readable is None:
+        readable = np.ones(len(labels), dtype=bool)
+    counted = readable & np.isfinite(logits).all(axis=1)
+    return counted, {"unreadable": int((~readable).sum()), "non_finite": int((readable & ~counted).sum())}
 
 
 def _compute(metric: evaluate.EvaluationModule, logits: np.ndarray, labels: np.ndarray) -> dict:
@@ -226,6 +229,7 @@ def save_confusion_matrix(matrix: np.ndarray, label_names: list[str], path: str 
 
     Raises:
         `ValueError`: when matrix and names do not fit.
+        `MissingPackageError`: without matplotlib.
     """
     size = len(label_names)
     if matrix.shape != (size, size):
@@ -233,7 +237,7 @@ def save_confusion_matrix(matrix: np.ndarray, label_names: list[str], path: str 
             f"`matrix` has the shape {matrix.shape}, but `label_names` holds {size} names; ({size}, {size}) is right."
         )
     side = min(max(4.5, 0.6 * size), 11)
-    figure = matplotlib.figure.Figure(figsize=(side + 1.5, side + 0.5), layout="constrained")
+    figure = require("matplotlib.figure", "pictures").Figure(figsize=(side + 1.5, side + 0.5), layout="constrained")
     axes = figure.subplots()
     # A true class without samples has no shares.
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)

@@ -1,9 +1,6 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Recipes of `run_image_classification.py`: named sets of arguments, each of which a flag or file may change."""
 
-from .augmentation import DEVIATIONS
-
-
 # What SimMIM and GreenMIM fine-tune with (https://huggingface.co/papers/2111.09886, appendix A).
 _PUBLISHED = {
     "num_train_epochs": 100,
@@ -56,6 +53,16 @@ RECIPES = {
         "min_crop_scale": 0.2,
     },
 }
+# How augmentation here differs from timm's, for the help of the recipes.
+DEVIATIONS = (
+    "RandAugment rounds to 8 bits after an operation where Pillow's enhancements truncate."
+    " Its rotations, shears and translations are bicubic with torch's coefficient (-0.75 where Pillow has -0.5)."
+    " Posterizing keeps at least one bit."
+    " There are only the operations whose severity increases with the magnitude (inc1)."
+    " Colour jitter draws the order of its adjustments once a batch, not for each image."
+    " Random erasing draws the aspect ratio uniformly from [0.3, 1] or from [1, 1/0.3], with equal chances, instead of"
+    " log-uniformly, and clips a rectangle that is larger than the image instead of drawing again."
+)
 HELP = (
     "Set of arguments: swin-base and swin-large as published (for a total batch of 768, which"
     " per_device_train_batch_size, gradient_accumulation_steps and processes make up; rates follow the batch),"

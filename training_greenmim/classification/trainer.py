@@ -7,17 +7,22 @@ import os
 import numpy as np
 import torch
 from torch import nn
-from transformers.trainer_utils import PredictionOutput
+from transformers.trainer_utils import PredictionOutput, SchedulerType
+from transformers.utils import logging
 
+from ..compat import make_next_training_create_a_scheduler
 from ..data.image_dataset import EpochShuffle
 from ..data.images import image_name
 from ..optimization import cosine_schedule, lars, parameter_groups
 from ..runs.card import write_classifier_card
+from ..runs.extras import is_installed, require
 from ..runs.trainer import ImageTrainer
-from .augmentation import BatchAugmentation, Mixing
 from .ema import EMACallback, EMATrainerMixin
 from .metrics import compute_metrics, confusion_matrix, save_confusion_matrix
 from .probes import folded_head
+
+
+logger = logging.get_logger(__name__)
 
 
 class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
@@ -40,16 +45,17 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
         self.class_weights = None
         if class_weights is not None:
             self.class_weights = torch.tensor(class_weights, device=args.device)
-        self.augmentation = BatchAugmentation(
-            args.rand_augment,
-            args.color_jitter,
-            args.random_erasing,
-            self.image_mean.flatten().tolist(),
-            self.image_std.flatten().tolist(),
-        )
-        self.mixing = None
-        if args.mixup or args.cutmix:
-            self.mixing = Mixing(config.num_labels, args.mixup, args.cutmix, args.mixup_switch_probability)
+        self.augmentation, self.mixing = self.normalize, None
+        mixes = bool(args.mixup or args.cutmix)
+        if mixes or args.rand_augment or args.color_jitter or args.random_erasing:
+            require("kornia", "augmentation")
+            from .augmentation import BatchAugmentation, Mixing  # here, for other runs do without kornia
+
+            self.augmentation = BatchAugmentation(
+                args.rand_augment, args.color_jitter, args.random_erasing, self.scaling
+            )
+            if mixes:
+                self.mixing = Mixing(config.num_labels, args.mixup, args.cutmix, args.mixup_switch_probability)
         if args.ema_decay is not None:
             self.add_callback(EMACallback(args.ema_decay))
 
@@ -68,14 +74,14 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
             if args.lars:
                 self.optimizer = lars(groups, args.learning_rate)
             else:
-                kind, options = self.get_optimizer_cls_and_kwargs(args, self.model)
-                self.optimizer = kind(groups, **options)
+                optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
+                self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Linear warm-up and cosine, from and to the arguments' rates."""
-        if self.lr_scheduler is None:
-            args = self.args
+        """Linear warm-up and cosine, from and to the arguments' rates; any other schedule is Transformers'."""
+        args = self.args
+        if self.lr_scheduler is None and args.lr_scheduler_type == SchedulerType.COSINE:
             self.lr_scheduler = cosine_schedule(
                 self.optimizer if optimizer is None else optimizer,
                 args.get_warmup_steps(num_training_steps),
@@ -84,8 +90,8 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
                 args.scaled(args.min_learning_rate),
                 args.scaled(args.warmup_learning_rate),
             )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
+            make_next_training_create_a_scheduler(self)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of a training batch of uint8 images, augmented and mixed; it stops at one that is not finite."""
@@ -105,27 +111,30 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _keep_frozen_layers_in_evaluation_mode(self) -> None:
-        # A frozen encoder drops no path and keeps its statistics; a child without parameters is not frozen.
-        for child in self.model.children():
-            parameters = list(child.parameters())
+        # A frozen encoder drops no path and keeps its statistics; what has no parameters is not frozen.
+        if all(parameter.requires_grad for parameter in self.model.parameters()):
+            return
+        for module in self.model.modules():
+            parameters = list(module.parameters())
             if parameters and not any(parameter.requires_grad for parameter in parameters):
-                child.eval()
+                module.eval()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """No loss, but logits and labels of an evaluation batch; logits of unreadable images are NaN."""
+        """No loss, but logits, which images were readable, and labels of an evaluation batch."""
         inputs = self._prepare_inputs(inputs)
         self.report_unreadable(inputs["unreadable"])
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(pixel_values=self.normalize(inputs["pixel_values"])).logits.float()
-        return None, logits.masked_fill(~inputs["readable"][:, None], torch.nan), inputs.get("labels")
+        return None, (logits, inputs["readable"]), inputs.get("labels")
 
     def measure(self, prediction) -> dict[str, float]:
-        """Metrics of an evaluation, and its loss: the mean over all readable images, however they were batched."""
-        logits, labels = torch.from_numpy(prediction.predictions), torch.from_numpy(prediction.label_ids)
-        readable = ~logits.isnan().any(dim=1)
-        metrics = compute_metrics(self.metrics, prediction.predictions, prediction.label_ids)
-        if readable.any():
-            metrics["loss"] = nn.functional.cross_entropy(logits[readable], labels[readable]).item()
+        """Metrics of an evaluation, and its loss: the mean over images that count, however they were batched."""
+        logits, readable = prediction.predictions
+        metrics = compute_metrics(self.metrics, logits, prediction.label_ids, readable)
+        counted = readable & np.isfinite(logits).all(axis=1)
+        if counted.any():
+            logits, labels = (torch.from_numpy(values[counted]) for values in (logits, prediction.label_ids))
+            metrics["loss"] = nn.functional.cross_entropy(logits, labels).item()
         return metrics
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
@@ -137,21 +146,27 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
         return metrics
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """As `Trainer`'s, and writes the confusion matrix of labelled images as a picture."""
+        """As `Trainer`'s, and writes the confusion matrix of labelled images as a picture.
+
+        Its predictions, those of `predict` too, are two arrays: the logits, `(images, classes)`, and which images
+        could be read, `(images,)`; the logits of others mean nothing.
+        """
         if self.args.world_size > 1:
             self._share_batch_statistics()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if output.label_ids is not None and self.compute_metrics is not None and self.is_world_process_zero():
+        draws = is_installed("matplotlib") and self.is_world_process_zero()
+        if output.label_ids is not None and self.compute_metrics is not None and draws:
             path = os.path.join(self.args.output_dir, f"{metric_key_prefix}_confusion_matrix.png")
             os.makedirs(self.args.output_dir, exist_ok=True)
-            counts = confusion_matrix(output.predictions, output.label_ids)
+            logits, readable = output.predictions
+            counts = confusion_matrix(logits, output.label_ids, readable)
             save_confusion_matrix(counts, self.label_names_in_order, path)
         return output
 
     def _share_batch_statistics(self) -> None:
         # Each process has those of its own last images; the ones that are saved are the first one's.
         for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
                 for buffer in module.buffers():
                     torch.distributed.broadcast(buffer, src=0)
 
@@ -164,13 +179,17 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
     def save_predictions(self, output: PredictionOutput, dataset, path: str) -> None:
         """Writes a CSV file: image, its label if known, the predicted class, and the probability of each class.
 
-        An unreadable image has no prediction.
+        An unreadable image has neither class nor probabilities; where the model's numbers are not finite there is no
+        class, and the probabilities are `nan`.
         """
         if not self.is_world_process_zero():
             return
         names = self.label_names_in_order
-        logits = torch.from_numpy(output.predictions)
-        probabilities = logits.softmax(dim=1).numpy()
+        logits, readable = output.predictions
+        finite = np.isfinite(logits).all(axis=1)
+        if not finite[readable].all():
+            logger.warning(f"Predictions that are not finite numbers: {int((readable & ~finite).sum())}.")
+        probabilities = torch.from_numpy(logits).softmax(dim=1).numpy()
         labelled = output.label_ids is not None
         with open(path, "w", newline="") as file:
             writer = csv.writer(file)
@@ -180,8 +199,10 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
                 line = [image_name(source, f"image {index}")]
                 if labelled:
                     line.append(names[output.label_ids[index]])
-                if np.isnan(row).any():
+                if not readable[index]:
                     line += [""] * (1 + len(names))
+                elif not finite[index]:
+                    line += ["", *["nan"] * len(names)]
                 else:
                     line += [names[row.argmax()], *(f"{value:.6f}" for value in row)]
                 writer.writerow(line)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from ..randomness import AUGMENTATION, SHUFFLE, derived_generator, derived_torch_generator
-from .images import UnreadableImageError, read
+from ..randomness import AUGMENTATION, REPLACEMENT, SHUFFLE, derived_generator, derived_torch_generator
+from .images import UnreadableImageError, load_image
 
 
 logger = logging.get_logger(__name__)
@@ -16,7 +16,8 @@ logger = logging.get_logger(__name__)
 class ImageDataset(torch.utils.data.Dataset):
     """Images of a `datasets.Dataset`, decoded on access.
 
-    An unreadable image is replaced by the next readable one, so that batches keep their size, and reported.
+    An unreadable image is reported and replaced by one that is drawn from the seed and its key, so that batches keep
+    their size and no image comes more often than others.
 
     Args:
         records: data set with an undecoded image column.
@@ -38,29 +39,36 @@ class ImageDataset(torch.utils.data.Dataset):
 
         Returns:
             `pixel_values`, uint8 `(channels, height, width)`, `unreadable`, a list of messages, `labels`, a class
-            number, where there is a label column, and, for a key, `place`: its epoch and position.
+            number, where there is a label column, and, for a key, `sample_key`: its epoch and position.
 
         Raises:
             `IndexError`: past the end.
             `UnreadableImageError`: when no image of the data set can be read.
         """
-        epoch, position, first, *repetition = key if isinstance(key, tuple) else (0, None, key)
-        place = {} if position is None else {"place": (epoch, position)}
-        if first >= len(self):
-            raise IndexError(first)
-        unreadable = []
-        for index in range(first, first + len(self)):
-            index %= len(self)
-            generator = derived_generator(self.seed, AUGMENTATION, epoch, index, *repetition)
-            try:
-                return {**self._read(index, generator), **place, "unreadable": unreadable}
-            except UnreadableImageError as error:
-                unreadable.append(str(error))
+        epoch, position, index, *repetition = key if isinstance(key, tuple) else (0, None, key)
+        sample_key = {} if position is None else {"sample_key": (epoch, position)}
+        if index >= len(self):
+            raise IndexError(index)
+        generator = derived_generator(self.seed, AUGMENTATION, epoch, index, *repetition)
+        try:
+            return {**self._load(index, generator), **sample_key, "unreadable": []}
+        except UnreadableImageError as error:
+            replacing = derived_generator(self.seed, REPLACEMENT, epoch, index, *repetition)
+            return {**self._load_another(index, replacing, [str(error)]), **sample_key}
+
+    def _load_another(self, index: int, generator: np.random.Generator, unreadable: list[str]) -> dict:
+        """An image other than an unreadable one, drawn at random; messages of more unreadable ones are added."""
+        for other in generator.permutation(len(self)).tolist():
+            if other != index:
+                try:
+                    return {**self._load(other, generator), "unreadable": unreadable}
+                except UnreadableImageError as error:
+                    unreadable.append(str(error))
         raise UnreadableImageError(f"none of {len(self)} images can be read; the last: {unreadable[-1]}")
 
-    def _read(self, index: int, generator: np.random.Generator) -> dict:
+    def _load(self, index: int, generator: np.random.Generator) -> dict:
         record = self.records[index]
-        pixel_values = read(record[self.column], self.transform, generator, f"image {index}")
+        pixel_values = load_image(record[self.column], self.transform, generator, f"image {index}")
         if self.label_column is None:
             return {"pixel_values": pixel_values}
         return {"pixel_values": pixel_values, "labels": record[self.label_column]}
@@ -78,7 +86,7 @@ class EveryImage(ImageDataset):
         if index >= len(self):
             raise IndexError(index)
         try:
-            return {**self._read(index, None), "unreadable": [], "readable": True}
+            return {**self._load(index, None), "unreadable": [], "readable": True}
         except UnreadableImageError as error:
             sample = {"pixel_values": torch.zeros(self.transform.shape, dtype=torch.uint8), "readable": False}
             if self.label_column is not None:
@@ -113,9 +121,9 @@ class EpochShuffle(torch.utils.data.Sampler):
     def __iter__(self):
         order = torch.randperm(self.length, generator=derived_torch_generator(self.seed, SHUFFLE, self.epoch))
         if self.repetitions == 1:
-            return ((self.epoch, *place) for place in enumerate(order[: self.count].tolist()))
+            return ((self.epoch, position, index) for position, index in enumerate(order[: self.count].tolist()))
         repeated = order.repeat_interleave(self.repetitions)[: self.count].tolist()
-        return ((self.epoch, place, index, place % self.repetitions) for place, index in enumerate(repeated))
+        return ((self.epoch, position, index, position % self.repetitions) for position, index in enumerate(repeated))
 
 
 def collate(samples: list[dict]) -> dict:

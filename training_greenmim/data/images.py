@@ -1,12 +1,17 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Image files: opening, decoding, conversion of modes, names in messages. Runs in the workers of the data loader."""
+"""Image files: opening, decoding, names in messages. Runs in the workers of the data loader."""
 
+import functools
+import os
 from io import BytesIO
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from modeling_greenmim.pixels import to_8_bit
 
 
 class UnreadableImageError(Exception):
@@ -20,47 +25,55 @@ def image_name(source, default: str = "an image without a name") -> str:
 
 
 def open_image(source) -> Image.Image:
-    """Opens a file name, a record {"path", "bytes"} of `datasets` or encoded bytes; nothing is decoded yet."""
+    """Opens an image; nothing is decoded yet.
+
+    Args:
+        source: a file name, an address such as `zip://member.png::photos.zip`, encoded bytes, a record {"path",
+            "bytes"} of `datasets`, or an image, which is returned.
+    """
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, dict):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
+    if is_address(source):
+        source = read_address(source)
     return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
 
 
-def flatten_mode(image: Image.Image) -> Image.Image:
-    """8-bit grey, RGB or CMYK image without transparency of any other image.
+def is_address(source) -> bool:
+    """Whether a source is a member of an archive, or remote, rather than a file."""
+    return isinstance(source, str) and "://" in source
 
-    16-bit values keep their upper byte; transparent parts are laid on white.
 
-    Raises:
-        `ValueError`: for modes without a defined range of values.
-    """
-    if image.mode in ("L", "RGB", "CMYK") and "transparency" not in image.info:
-        return image
-    if image.mode == "F":
-        raise ValueError("floating-point images have no defined range of values")
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def read_address(address: str) -> bytes:
+    """The content at an address of fsspec, as `datasets` gives them for images in archives and on the Hub."""
+    member, _, archive = address.partition("::")
+    protocol, _, name = member.partition("://")
+    if archive:
+        return _open_archive(protocol, archive, os.getpid()).cat_file(name)
+    with fsspec.open(address, "rb") as file:
+        return file.read()
+
+
+@functools.lru_cache(maxsize=8)
+def _open_archive(protocol: str, archive: str, process: int) -> fsspec.AbstractFileSystem:
+    """Kept open, since its table of contents may be long; for each process, since they would share its position."""
+    return fsspec.filesystem(protocol, fo=archive)
 
 
 def decode(source) -> bytes:
     """The upright image of a source, uncompressed, in the format of Netpbm: opening it again takes no decoding.
 
     Raises:
-        `UnreadableImageError`: as in `read`.
+        `UnreadableImageError`: as in `load_image`.
     """
 
     def write(source, generator):
-        image, encoded = flatten_mode(ImageOps.exif_transpose(open_image(source))), BytesIO()
-        image.convert("L" if image.mode == "L" else "RGB").save(encoded, "PPM")
+        encoded = BytesIO()
+        to_8_bit(ImageOps.exif_transpose(open_image(source))).save(encoded, "PPM")
         return encoded.getvalue()
 
-    return read(source, write, None)
+    return load_image(source, write, None)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
@@ -69,7 +82,7 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
-def read(source, transform, generator: np.random.Generator | None, name: str = "an image without a name"):
+def load_image(source, transform, generator: np.random.Generator | None, name: str = "an image without a name"):
     """Applies a transform to an image source; `name` is what to call one without a file.
 
     Raises:

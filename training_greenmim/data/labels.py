@@ -1,42 +1,17 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Labelled data sets: folders of classes, label columns, stratified draws, and agreement between the parts."""
+"""Labelled data sets: label columns, stratified draws, and agreement between the parts."""
 
-import os
 from collections import Counter
 from dataclasses import dataclass, fields
 
 import datasets
 from datasets import ClassLabel
-from datasets import Image as ImageFeature
 from transformers.utils import logging
 
-from .readers import find_image_column, find_images, undecoded
+from .readers import LABEL, Part, find_image_column, undecoded
 
 
 logger = logging.get_logger(__name__)
-
-# What the label column of every data set is renamed to.
-LABEL = "label"
-
-
-def load_class_folders(folder: str, argument: str) -> datasets.Dataset:
-    """Images in one sub-folder for each class: columns `image` (undecoded) and `label`.
-
-    Raises:
-        `ValueError`: when the folder does not exist, holds no image file, or one outside the sub-folders.
-    """
-    paths = find_images(folder, argument)
-    names = [os.path.relpath(path, folder).split(os.sep)[0] for path in paths]
-    outside = [path for path, name in zip(paths, names) if path == os.path.join(folder, name)]
-    if outside:
-        raise ValueError(
-            f"`{argument}` is {folder!r}: {len(outside)} images, such as {os.path.basename(outside[0])!r}, have no"
-            " label; each image belongs into a sub-folder named after its class."
-        )
-    features = datasets.Features({"image": ImageFeature(decode=False), LABEL: ClassLabel(names=sorted(set(names)))})
-    return datasets.Dataset.from_dict(
-        {"image": [{"path": path, "bytes": None} for path in paths], LABEL: names}, features
-    )
 
 
 def find_label_column(records: datasets.Dataset, name: str | None) -> str:
@@ -155,7 +130,7 @@ def split(records: datasets.Dataset, share: float, seed: int) -> tuple[datasets.
     return parts["train"], parts["test"]
 
 
-def draw(records: datasets.Dataset, count: int | None, seed: int, argument: str) -> datasets.Dataset:
+def stratified_subset(records: datasets.Dataset, count: int | None, seed: int, argument: str) -> datasets.Dataset:
     """`count` images, or all if None, with the share of each class kept; the draw depends on the seed alone.
 
     Raises:
@@ -211,19 +186,6 @@ def _has_labels(records: datasets.Dataset, name: str | None) -> bool:
     except ValueError:
         return False
     return any(value not in (None, -1) for value in records[column][:])
-
-
-@dataclass
-class Part:
-    """A part of the data: its records, and the argument that it comes from."""
-
-    records: datasets.Dataset
-    argument: str
-
-    @property
-    def is_labelled(self) -> bool:
-        """Whether the classes of the images are known."""
-        return LABEL in self.records.features
 
 
 @dataclass

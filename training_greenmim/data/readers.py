@@ -1,25 +1,144 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Records of images, still encoded: unlabelled folders, `datasets`, and the default photographs."""
+"""Records of images, still encoded, from whatever names them: folders, `datasets`, the default photographs.
 
+A new source of data is a subclass of `Reader`, in a file of its own, and its line in `READERS`.
+"""
+
+import hashlib
 import importlib.resources
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
+from datasets import ClassLabel
 from datasets import Image as ImageFeature
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers.utils import logging
 
+from ..compat import datasets_cache_folder, datasets_fingerprint
 from ..randomness import SHUFFLE, derived_generator
-from .images import UnreadableImageError, decode, read
+from ..runs.extras import require
+from .folders import find_images
+from .images import UnreadableImageError, decode, is_address, load_image
 from .transforms import EvalTransform
 
 
 logger = logging.get_logger(__name__)
 
+# What the label column of every data set is called, and renamed to.
+LABEL = "label"
+
 # How many images a start may find unreadable before it gives up looking for a readable one in a stream.
 FIRST_READABLE_WITHIN = 1000
+
+# Part of the name of decoded files: to be raised when `decode` changes, so that older files are not used.
+DECODING = 2
+# Decoded images that are held in memory at once, and joined to one array, which holds less than 2 GB.
+DECODED_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """What names the data: arguments that both scripts have, by the same names."""
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_dir: str | None = None
+    validation_dir: str | None = None
+    test_dir: str | None = None
+    streaming: bool = False
+
+
+@dataclass
+class Part:
+    """A part of the data: its records, and the argument that it comes from, for messages."""
+
+    records: datasets.Dataset | datasets.IterableDataset
+    argument: str
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the classes of the images are known."""
+        return LABEL in self.records.features
+
+
+class Reader:
+    """A kind of source. Subclasses say which sources are theirs, and read them."""
+
+    def is_named_by(self, source: DataSource) -> bool:
+        """Whether a source is of this kind."""
+        raise NotImplementedError
+
+    def read(self, source: DataSource, labelled: bool) -> dict[str, Part]:
+        """The parts `train`, `validation` and `test`, those that there are, whatever their columns.
+
+        Args:
+            labelled: whether the sub-folders of folders are classes.
+        """
+        raise NotImplementedError
+
+
+class DatasetReader(Reader):
+    """A data set of the Hub, or a local one, as `datasets` reads it, whole or as a stream."""
+
+    def is_named_by(self, source: DataSource) -> bool:
+        return source.dataset_name is not None
+
+    def read(self, source: DataSource, labelled: bool) -> dict[str, Part]:
+        found = datasets.load_dataset(source.dataset_name, source.dataset_config_name, streaming=source.streaming)
+        return {split: Part(records, "dataset_name") for split, records in found.items()}
+
+
+class FolderReader(Reader):
+    """Folders of images; labelled ones have a sub-folder for each class."""
+
+    def is_named_by(self, source: DataSource) -> bool:
+        return any((source.train_dir, source.validation_dir, source.test_dir))
+
+    def read(self, source: DataSource, labelled: bool) -> dict[str, Part]:
+        load, parts = load_class_folders if labelled else load_folder, {}
+        for name in ("train", "validation"):
+            folder, argument = getattr(source, f"{name}_dir"), f"{name}_dir"
+            if folder:
+                parts[name] = Part(load(folder, argument), argument)
+        return parts
+
+
+class ElpvReader(Reader):
+    """The default: the photographs of `elpv`."""
+
+    def is_named_by(self, source: DataSource) -> bool:
+        return True
+
+    def read(self, source: DataSource, labelled: bool) -> dict[str, Part]:
+        return {name: Part(records, "dataset_name") for name, records in zip(("train", "test"), elpv())}
+
+
+# The first that a source names reads it.
+READERS: list[Reader] = [DatasetReader(), FolderReader(), ElpvReader()]
+
+
+def read_records(source: DataSource, labelled: bool = False, needs_train: bool = False) -> dict[str, Part]:
+    """The parts `train`, `validation` and `test` of a source, those that there are.
+
+    A test part stands in for a missing validation part. `test_dir` is the test part beside any source, without labels.
+
+    Args:
+        labelled: whether the sub-folders of folders are classes.
+        needs_train: whether there must be a part to train on.
+
+    Raises:
+        `ValueError`: for folders that cannot be read, and when a part that is needed lacks.
+    """
+    parts = next(reader for reader in READERS if reader.is_named_by(source)).read(source, labelled)
+    if needs_train and "train" not in parts:
+        raise ValueError(f"`dataset_name` is {source.dataset_name!r}, which has no split train but {list(parts)}.")
+    if "validation" not in parts and "test" in parts:
+        parts["validation"] = parts.pop("test")
+    if source.test_dir:
+        parts["test"] = Part(load_folder(source.test_dir, "test_dir"), "test_dir")
+    return {name: parts[name] for name in ("train", "validation", "test") if name in parts}
 
 
 def elpv() -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -32,7 +151,7 @@ def elpv() -> tuple[datasets.Dataset, datasets.Dataset]:
     Returns:
         Training and test part with columns `image` (undecoded) and `label`.
     """
-    folder = Path(str(importlib.resources.files("elpv_dataset"))) / "data"
+    folder = Path(str(importlib.resources.files(require("elpv_dataset", "elpv")))) / "data"
     lines = [line.split() for line in (folder / "labels.csv").read_text().splitlines()]
     labels = np.array([int(float(probability) >= 0.5) for _, probability, _ in lines])
     is_test = np.zeros(len(lines), dtype=bool)
@@ -40,7 +159,7 @@ def elpv() -> tuple[datasets.Dataset, datasets.Dataset]:
         members = derived_generator(0, SHUFFLE).permutation(np.flatnonzero(labels == label))
         is_test[members[: round(len(members) / 4)]] = True
     features = datasets.Features(
-        {"image": ImageFeature(decode=False), "label": datasets.ClassLabel(names=["functional", "defective"])}
+        {"image": ImageFeature(decode=False), "label": ClassLabel(names=["functional", "defective"])}
     )
     parts = []
     for chosen in (np.flatnonzero(~is_test), np.flatnonzero(is_test)):
@@ -49,30 +168,30 @@ def elpv() -> tuple[datasets.Dataset, datasets.Dataset]:
     return parts[0], parts[1]
 
 
-def find_images(folder: str, argument: str) -> list[str]:
-    """Names of all image files below a folder, nested or not, in order.
-
-    Raises:
-        `ValueError`: when the folder does not exist or holds no image file.
-    """
-    if not os.path.isdir(folder):
-        raise ValueError(f"`{argument}` is {folder!r}, which is not a folder.")
-    suffixes = tuple(ImageFolder.EXTENSIONS)
-    paths = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        # Such as .ipynb_checkpoints and __MACOSX: as `datasets` does.
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        paths += [os.path.join(parent, name) for name in names if name.lower().endswith(suffixes)]
-    paths.sort()
-    if not paths:
-        raise ValueError(f"`{argument}` is {folder!r}, which holds no image file.")
-    return paths
-
-
 def load_folder(folder: str, argument: str) -> datasets.Dataset:
     """All images below a folder, without labels; errors as in `find_images`."""
     records = [{"path": path, "bytes": None} for path in find_images(folder, argument)]
     return datasets.Dataset.from_dict({"image": records}, datasets.Features({"image": ImageFeature(decode=False)}))
+
+
+def load_class_folders(folder: str, argument: str) -> datasets.Dataset:
+    """Images in one sub-folder for each class: columns `image` (undecoded) and `label`.
+
+    Raises:
+        `ValueError`: as in `find_images`, and when an image lies outside the sub-folders.
+    """
+    paths = find_images(folder, argument)
+    names = [os.path.relpath(path, folder).split(os.sep)[0] for path in paths]
+    outside = [path for path, name in zip(paths, names) if path == os.path.join(folder, name)]
+    if outside:
+        raise ValueError(
+            f"`{argument}` is {folder!r}: {len(outside)} images, such as {os.path.basename(outside[0])!r}, have no"
+            " label; each image belongs into a sub-folder named after its class."
+        )
+    features = datasets.Features({"image": ImageFeature(decode=False), LABEL: ClassLabel(names=sorted(set(names)))})
+    return datasets.Dataset.from_dict(
+        {"image": [{"path": path, "bytes": None} for path in paths], LABEL: names}, features
+    )
 
 
 def find_image_column(records, name: str | None) -> str:
@@ -114,9 +233,10 @@ def undecoded(records, column: str, *others: str):
 
 
 def decoded_once(records: datasets.Dataset, column: str) -> datasets.Dataset:
-    """The data set with its images kept uncompressed, in a file of `datasets`' cache that all workers share.
+    """The data set with its images kept uncompressed, in a file of `datasets`' cache that is mapped into memory.
 
-    An unreadable image stays as it is.
+    All processes and workers share the file, and so do later runs on the same data, as long as no image file has
+    changed its name, size or time of modification. An unreadable image stays as it is.
     """
 
     def keep_decoded(record):
@@ -125,7 +245,31 @@ def decoded_once(records: datasets.Dataset, column: str) -> datasets.Dataset:
         except UnreadableImageError:
             return record
 
-    return records.map(keep_decoded, desc="Decoding images", writer_batch_size=100)
+    fingerprint = _fingerprint_of_files(records, column)
+    folder = os.path.join(datasets_cache_folder(), "greenmim-decoded")
+    os.makedirs(folder, exist_ok=True)
+    # `datasets` writes to a file aside and renames it. Unless told where, it keeps what has no file in memory.
+    return records.map(
+        keep_decoded,
+        desc="Decoding images",
+        writer_batch_size=DECODED_AT_ONCE,
+        cache_file_name=os.path.join(folder, f"{fingerprint}.arrow"),
+        new_fingerprint=fingerprint,
+        load_from_cache_file=True,
+    )
+
+
+def _fingerprint_of_files(records: datasets.Dataset, column: str) -> str:
+    """Changes with the records, with the sizes and times of the files that they name, and with `DECODING`."""
+    digest = hashlib.sha256(f"{DECODING} {datasets_fingerprint(records)} {column}".encode())
+    # The names alone: encoded images beside them are not read.
+    name = f"{column}.path"
+    for path in records.select_columns([column]).flatten().select_columns([name])[name]:
+        file = path.rpartition("::")[2] if is_address(path) else path
+        if file is not None and os.path.isfile(file):
+            status = os.stat(file)
+            digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
 
 
 def check_first_readable(records, column: str, size: tuple[int, int], channels: int, argument: str) -> None:
@@ -137,7 +281,7 @@ def check_first_readable(records, column: str, size: tuple[int, int], channels: 
     unreadable = []
     for record in records:
         try:
-            read(record[column], EvalTransform(size, channels), None)
+            load_image(record[column], EvalTransform(size, channels), None)
         except UnreadableImageError as error:
             unreadable.append(str(error))
             if isinstance(records, datasets.IterableDataset) and len(unreadable) == FIRST_READABLE_WITHIN:

@@ -8,7 +8,7 @@ import datasets
 import torch
 
 from ..randomness import AUGMENTATION, derived_generator
-from .images import UnreadableImageError, read
+from .images import UnreadableImageError, load_image
 
 
 class ImageStream(torch.utils.data.IterableDataset):
@@ -18,10 +18,10 @@ class ImageStream(torch.utils.data.IterableDataset):
         records: stream with an undecoded image column.
         column: name of that column.
         transform: function of (image source, generator) -> uint8 tensor.
-        seed: what augmentation is derived from, with epoch, process, worker and place in the worker's stream.
+        seed: what augmentation is derived from, with epoch, process, worker and position in the worker's stream.
         process: number of the process, which reads a part of the stream of its own.
-        repeat: go through the stream again and again, each time as a new epoch: a run that is resumed then finds its
-            place by counting batches, whatever the length of the stream.
+        repeat: go through the stream again and again, each time as a new epoch: a run that is resumed then finds
+            where it was by counting batches, whatever the length of the stream.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class ImageStream(torch.utils.data.IterableDataset):
         records.set_epoch(epoch)
         unreadable = []
         for index, record in enumerate(records):
-            place = (epoch, self.process, worker.id if worker else 0, index)
-            generator = derived_generator(self.seed, AUGMENTATION, *place)
+            sample_key = (epoch, self.process, worker.id if worker else 0, index)
+            generator = derived_generator(self.seed, AUGMENTATION, *sample_key)
             try:
-                pixel_values = read(record[self.column], self.transform, generator)
+                pixel_values = load_image(record[self.column], self.transform, generator)
             except UnreadableImageError as error:
                 unreadable.append(str(error))
                 continue
-            yield {"pixel_values": pixel_values, "place": place, "unreadable": unreadable}
+            yield {"pixel_values": pixel_values, "sample_key": sample_key, "unreadable": unreadable}
             unreadable = []

@@ -2,12 +2,15 @@
 """From opened images to cropped uint8 tensors. Runs in the workers of the data loader."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from .images import flatten_mode, open_image, to_tensor
+from modeling_greenmim.pixels import to_8_bit
+
+from .images import open_image, to_tensor
 
 
 Box = tuple[float, float, float, float]
@@ -45,31 +48,63 @@ def center_crop_box(width: int, height: int, aspect: float, share: float) -> Box
     return left, top, min(width, left + crop_width), min(height, top + crop_height)
 
 
-def crop_and_resize(image: Image.Image, choose_box, size: tuple[int, int], channels: int) -> torch.Tensor:
-    """Decodes the part of an opened image that `choose_box` names and resizes it, bicubic, to a uint8 tensor.
+@dataclass(frozen=True)
+class Geometry:
+    """What an augmentation does to the positions of an image: drawn once, applied to all that belongs to the image.
+
+    A point (x, y) of the upright image lands at ((x - left) * width / (right - left), (y - top) * height / (bottom -
+    top)) of the result, where x counts from the right if it is flipped.
+
+    Args:
+        box: the part of the upright image that is kept: (left, top, right, bottom) in pixels.
+        size: height and width in pixels of what becomes of it.
+        flip: whether left and right are exchanged at last.
+    """
+
+    box: Box
+    size: tuple[int, int]
+    flip: bool = False
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image as it is to be seen; JPEGs are not decoded for it, others are turned."""
+    if not _is_reducible(image):
+        ImageOps.exif_transpose(image, in_place=True)
+        return image.size
+    is_turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return image.size[::-1] if is_turned else image.size
+
+
+def apply_geometry(image: Image.Image, geometry: Geometry, channels: int) -> torch.Tensor:
+    """Decodes the part of an opened image that is kept and resizes it, bicubic, to a uint8 tensor.
 
     JPEGs are decoded at a reduced size where the crop allows it.
 
     Args:
-        choose_box: function of the upright image's width and height that returns a box.
-        size: height and width of the result.
         channels: 1 for grey, 3 for RGB.
+
+    Returns:
+        uint8 `(channels, height, width)`.
     """
-    reducible = image.format in ("JPEG", "MPO")
-    if not reducible:
-        ImageOps.exif_transpose(image, in_place=True)
-    transposed = reducible and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    box = choose_box(*(image.size[::-1] if transposed else image.size))
-    if reducible:
+    box, size = geometry.box, geometry.size
+    if _is_reducible(image):
         # The decoder may reduce the image as long as the crop keeps the pixels that it is resized to.
         factor = _reduce(image, max(size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1])))
         ImageOps.exif_transpose(image, in_place=True)
         box = tuple(min(edge * factor, image.size[i % 2]) for i, edge in enumerate(box))
-    image = flatten_mode(image)
+    else:
+        ImageOps.exif_transpose(image, in_place=True)
+    image = to_8_bit(image)
     if image.mode == "RGB" and channels == 3 and _suits_torch(box, size):
-        return _resize_by_torch(image, box, size)
-    image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-    return to_tensor(image.convert("L" if channels == 1 else "RGB"))
+        pixels = _resize_by_torch(image, box, size)
+    else:
+        image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+        pixels = to_tensor(image.convert("L" if channels == 1 else "RGB"))
+    return pixels.flip(2) if geometry.flip else pixels
+
+
+def _is_reducible(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO")
 
 
 def _suits_torch(box: Box, size: tuple[int, int]) -> bool:
@@ -111,13 +146,13 @@ class TrainTransform:
 
     def __call__(self, source, generator: np.random.Generator) -> torch.Tensor:
         """Image source -> uint8 `(channels, height, width)`; the same generator state gives the same crop."""
-        aspect = self.size[1] / self.size[0]
+        image = open_image(source)
+        return apply_geometry(image, self.draw_geometry(*upright_size(image), generator), self.channels)
 
-        def choose_box(width, height):
-            return random_crop_box(width, height, aspect, generator, self.scale)
-
-        pixels = crop_and_resize(open_image(source), choose_box, self.size, self.channels)
-        return pixels.flip(2) if generator.random() < 0.5 else pixels
+    def draw_geometry(self, width: int, height: int, generator: np.random.Generator) -> Geometry:
+        """Random geometry for an upright image of a size in pixels."""
+        box = random_crop_box(width, height, self.size[1] / self.size[0], generator, self.scale)
+        return Geometry(box, self.size, flip=bool(generator.random() < 0.5))
 
 
 class EvalTransform:
@@ -135,9 +170,6 @@ class EvalTransform:
 
     def __call__(self, source, generator=None) -> torch.Tensor:
         """Image source -> uint8 `(channels, height, width)`."""
-        aspect = self.size[1] / self.size[0]
-
-        def choose_box(width, height):
-            return center_crop_box(width, height, aspect, self.share)
-
-        return crop_and_resize(open_image(source), choose_box, self.size, self.channels)
+        image = open_image(source)
+        box = center_crop_box(*upright_size(image), self.size[1] / self.size[0], self.share)
+        return apply_geometry(image, Geometry(box, self.size), self.channels)

@@ -19,8 +19,8 @@ def plan_from_noise(config: GreenMIMConfig, noise: torch.Tensor, static: bool = 
 class MaskedCollator:
     """Joins training samples to a batch, draws its mask or masks and plans them; it runs in the loader's workers.
 
-    Masks are derived from the seed and the place of a sample in the run, of the first one where a batch shares its
-    mask: so they differ between steps and processes, and the number of workers plays no part.
+    Masks are derived from the seed and the `sample_key` of a sample (where it stands in the run), of the first one
+    where a batch shares its mask: so they differ between steps and processes, whatever the number of workers.
 
     Args:
         config: of the model.
@@ -35,10 +35,10 @@ class MaskedCollator:
     def __call__(self, samples: list[dict]) -> dict:
         """What `collate` returns, and `plan`, a `MaskPlan`."""
         rows, columns = self.config.unit_grid
-        places = [sample["place"] for sample in (samples if self.per_sample else samples[:1])]
-        noise = torch.cat([sample_noise(rows * columns, generator=self.generator(place)) for place in places])
+        keys = [sample["sample_key"] for sample in (samples if self.per_sample else samples[:1])]
+        noise = torch.cat([sample_noise(rows * columns, generator=self.generator(key)) for key in keys])
         return {**collate(samples), "plan": plan_from_noise(self.config, noise, self.static)}
 
-    def generator(self, place: tuple[int, ...]) -> torch.Generator:
-        """Generator of the mask that is derived from a sample's place."""
-        return derived_torch_generator(self.seed, MASK, *place)
+    def generator(self, sample_key: tuple[int, ...]) -> torch.Generator:
+        """Generator of the mask that is derived from a sample's key."""
+        return derived_torch_generator(self.seed, MASK, *sample_key)

@@ -5,7 +5,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modeling_greenmim.decoder import unit_statistics
 from modeling_greenmim.modeling_greenmim import GreenMIMForPreTraining
 
 
@@ -19,8 +18,8 @@ def reconstruct(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Masked input and reconstruction of normalised images.
 
-    The prediction is scaled back by each unit's own mean and variance where the model predicts normalised pixels, and
-    visible units are pasted in.
+    The model's target makes pixels of its predictions (normalised ones are scaled back by each unit's own mean and
+    variance), and visible units are pasted in.
 
     Args:
         pixel_values: `(batch, channels, height, width)`.
@@ -29,14 +28,11 @@ def reconstruct(
     Returns:
         Two tensors of the same shape; masked units of the first are 0 (the mean colour).
     """
-    patches = model.patchify(pixel_values.float())
-    logits, hidden = logits.float(), mask[..., None].bool()
-    if model.config.norm_pix_loss:
-        mean, deviation = unit_statistics(patches)
-        logits = logits * deviation + mean
+    patches, hidden = model.patchify(pixel_values.float()), mask[..., None].bool()
+    predicted = model.target.to_pixels(logits, pixel_values)
     size = tuple(pixel_values.shape[2:])
     masked = model.unpatchify(patches.masked_fill(hidden, 0.0), size)
-    return masked, model.unpatchify(torch.where(hidden, logits, patches), size)
+    return masked, model.unpatchify(torch.where(hidden, predicted, patches), size)
 
 
 def picture_grid(columns: list[torch.Tensor], mean: list[float], std: list[float]) -> Image.Image:

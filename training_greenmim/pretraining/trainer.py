@@ -19,7 +19,7 @@ from .pictures import picture_grid, reconstruct
 
 
 class MIMTrainer(ImageTrainer):
-    """Trains `GreenMIMForPreTraining`; masks are derived from (seed, place of the batch) in the loader's workers.
+    """Trains `GreenMIMForPreTraining`; masks are derived from (seed, sample key) in the loader's workers.
 
     Raises:
         `ValueError`: where one process sees several GPUs, which `Trainer` would give parts of a batch and whole plans.
@@ -42,18 +42,8 @@ class MIMTrainer(ImageTrainer):
         self.evaluation_plan = plan_from_noise(self.model.config, noise).to(self.args.device)
 
     def build_sampler(self, length: int) -> EpochShuffle:
-        """Order of the training images; in whole batches for a compiled step, which has one size.
-
-        Raises:
-            `ValueError`: when there are not enough images for one such batch.
-        """
+        """Order of the training images; in whole batches for a compiled step, which has one size."""
         batch = self.args.train_batch_size * self.args.world_size if self.args.torch_compile else 1
-        if length < batch:
-            raise ValueError(
-                f"`per_device_train_batch_size` is {self.args.per_device_train_batch_size}, which makes batches of"
-                f" {batch} images over all processes, but there are {length} training images; `torch_compile` needs"
-                " whole batches."
-            )
         return EpochShuffle(length, self.args.seed, multiple_of=batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -1,20 +1,99 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Arguments of the scripts: Transformers' own, with the defaults of GreenMIM's recipes, and how they are read."""
 
-import json
+import argparse
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import torch
 import transformers
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from accelerate.utils import parse_flag_from_env
+from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
+from .argument_files import SUFFIXES, read_argument_file
 from .energy import check_country
+from .extras import require
+from .models import MODEL_SIZES
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelSourceArguments:
+    """Which model a script starts from."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to go on from: a folder or a Hub repository."}
+    )
+    config_name: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Train from scratch: one of {', '.join(MODEL_SIZES)} (run_mim.py's default: base), a folder or a"
+            " Hub repository."
+        },
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": 'Changes to the configuration: "image_size=128,depths=[2,2,6],mask_ratio=0.6".'},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention: sdpa or eager; default: sdpa where the architecture has it."}
+    )
+
+
+@dataclass
+class ImageDataArguments:
+    """Which images a script reads.
+
+    Raises:
+        `ValueError`: for counts and shares out of range.
+    """
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Data set of the Hub or a local one (a folder of parquet or WebDataset files)."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder of images, nested or not; labels are not needed."}
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "Folder of images to evaluate on."})
+    train_val_split: float = field(
+        default=0.05, metadata={"help": "Share of the training images to evaluate on where there are no others."}
+    )
+    image_column_name: str | None = field(default=None, metadata={"help": "Column of the images."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many evaluation images."})
+
+    def __post_init__(self):
+        if not 0 < self.train_val_split < 1:
+            raise ValueError(f"`train_val_split` is {self.train_val_split}; it must be between 0 and 1.")
+        check_at_least(self, 1, "max_train_samples", "max_eval_samples")
+
+
+def check_at_least(arguments, least: int, *names: str) -> None:
+    """Refuses numbers that are too small; None means that there is no number.
+
+    Raises:
+        `ValueError`: naming the argument.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"`{name}` is {value}; it must be {least} or more.")
+
+
+def has_bf16() -> bool:
+    """Whether there is a CUDA device that computes in bf16, without emulating it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def default_num_workers() -> int:
@@ -26,10 +105,10 @@ def default_num_workers() -> int:
 
 @dataclass
 class ImageTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with what every recipe here shares: learning rates per batch, AdamW, workers.
+    """`TrainingArguments` with what every recipe here shares: learning rates per batch, AdamW, precision, workers.
 
     Raises:
-        `ValueError`: when both learning rates are given.
+        `ValueError`: when both learning rates are given, and for numbers out of range.
     """
 
     # The total batch that base learning rates are for, and the default of the base learning rate.
@@ -43,8 +122,25 @@ class ImageTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Learning rate as it is; default: from base_learning_rate and the total batch."},
     )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Mixed precision in bf16; default: where a GPU has it, unless --fp16 or the configuration of"
+            " `accelerate launch` asks for another. On a machine without GPU it runs there too, as autocast.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     stop_on_nonfinite_loss: bool = field(
         default=True, metadata={"help": "Stop at the first loss that is not a finite number."}
+    )
+    allow_changes: bool = field(
+        default=False,
+        metadata={"help": "Resume a run with other data, seed, model or recipe than it had; it is not exact then."},
+    )
+    logging_steps: float | None = field(
+        default=None,
+        metadata={"help": "Steps from one log to the next; default: 20 logs a run, but one every 10 s in long runs."},
     )
     weight_decay: float = field(
         default=0.05, metadata={"help": "Weight decay, but of 1-D parameters, bias tables and tokens."}
@@ -78,8 +174,22 @@ class ImageTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "Leave broken losses out of the log; looking waits for the device each step."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Data sets here have no unused columns."})
+    debug: str = field(
+        default="",
+        metadata={
+            "help": "Alone: show the traceback of an error. With a value: Trainer's underflow_overflow or"
+            " tpu_metrics_debug.",
+            "nargs": "?",
+            "const": "",
+        },
+    )
 
     def __post_init__(self):
+        self.chooses_logging_steps = self.logging_steps is None
+        if self.chooses_logging_steps:
+            self.logging_steps = 500  # the parent's default, and that of eval_steps
+        self._check_amounts()
+        self._choose_precision()
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = default_num_workers()
         if self.dataloader_num_workers == 0:
@@ -98,16 +208,38 @@ class ImageTrainingArguments(TrainingArguments):
         given = self.learning_rate
         self.learning_rate = 0.0 if given is None else given  # the parent compares and needs a number
         super().__post_init__()
+        if "tensorboard" in self.report_to:
+            require("tensorboard", "pictures")
         if given is None:
             if self.base_learning_rate is None:
                 self.base_learning_rate = self.default_base_learning_rate
             self.learning_rate = self.scaled(self.base_learning_rate)
+
+    def _check_amounts(self):
+        check_at_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size")
+        check_at_least(self, 1, "gradient_accumulation_steps")
+        check_at_least(self, 0, "dataloader_num_workers", "base_learning_rate", "learning_rate", "weight_decay")
+        if self.max_steps != -1:
+            check_at_least(self, 1, "max_steps")
+        elif self.do_train and not self.num_train_epochs > 0:
+            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; it must be above 0.")
+
+    def _choose_precision(self):
+        """bf16 where it is not given and a GPU has it; on the CPU where it is given and there is no GPU."""
+        launched_with = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if self.bf16 is None:
+            on_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+            self.bf16 = not self.fp16 and launched_with == "no" and not on_cpu and has_bf16()
+        if (self.bf16 or self.bf16_full_eval) and not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise `TrainingArguments` refuses bf16
 
     def set_up_logging(self) -> None:
         """Makes the first process log what a run does, and the others errors only."""
         level = logging.INFO if self.should_log else logging.ERROR
         logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", level=level)
         transformers.utils.logging.set_verbosity(self.get_process_log_level())
+        precision = {"no": "fp32"}.get(self.mixed_precision, self.mixed_precision)
+        logger.info(f"{self.world_size} process(es), this one on {self.device}, precision {precision}")
 
     def scaled(self, learning_rate: float) -> float:
         """A learning rate that is for `base_batch_size` images -> the one for the total batch."""
@@ -132,6 +264,10 @@ class MIMTrainingArguments(ImageTrainingArguments):
         default=0.05, metadata={"help": "Linear warm-up: steps, or a share of all steps if below 1."}
     )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Maximum gradient norm; 0 = no clipping."})
+
+    def __post_init__(self):
+        check_at_least(self, 0, "num_pictures")
+        super().__post_init__()
 
 
 @dataclass
@@ -187,11 +323,32 @@ class ClassificationTrainingArguments(ImageTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         self._check_ranges()
+        self._check_schedule()
         if (self.mixup or self.cutmix) and self.per_device_train_batch_size == 1:
             raise ValueError(
                 "`per_device_train_batch_size` is 1, but `mixup` and `cutmix` mix images of a batch; two or more are"
                 " needed, or --mixup 0 --cutmix 0."
             )
+
+    def _check_schedule(self):
+        # The cosine here is GreenMIM's own, the others are Transformers'.
+        schedule = self.lr_scheduler_type
+        is_cosine = schedule == SchedulerType.COSINE
+        without_warmup = (SchedulerType.CONSTANT, SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+        given = {
+            "min_learning_rate": not is_cosine,
+            "warmup_learning_rate": not is_cosine,
+            "warmup_steps": schedule in without_warmup,
+            "lr_scheduler_kwargs": is_cosine,
+        }
+        for name, is_ignored in given.items():
+            value = getattr(self, name)
+            if is_ignored and value:
+                nothing = "''" if name == "lr_scheduler_kwargs" else "0"
+                raise ValueError(
+                    f"`{name}` is {value}, but `lr_scheduler_type` is {schedule.value!r}, which has none: give"
+                    f" --{name} {nothing}, or another schedule."
+                )
 
     def _check_ranges(self):
         at_most_1 = ("random_erasing", "mixup_switch_probability", "label_smoothing_factor")
@@ -210,33 +367,68 @@ class ClassificationTrainingArguments(ImageTrainingArguments):
             raise ValueError(f"`ema_decay` is {self.ema_decay}; it must be between 0 and 1.")
 
 
-def read_argument_file(argv: list[str]) -> tuple[dict, list[str]]:
-    """Takes a leading .json or .yaml file off the arguments: its values, and the flags that are left."""
-    if not argv or not argv[0].endswith((".json", ".yaml", ".yml")):
-        return {}, argv
-    text = Path(argv[0]).read_text()
-    values = json.loads(text) if argv[0].endswith(".json") else yaml.safe_load(text)
-    return values or {}, argv[1:]
+# Of the many arguments of `TrainingArguments`, those that most runs need; `--help` shows them before the others.
+_COMMON = (
+    *("output_dir", "do_train", "do_eval", "do_predict", "num_train_epochs", "max_steps", "seed"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("resume_from_checkpoint", "eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit"),
+    *("logging_steps", "report_to", "use_cpu", "fp16", "torch_compile", "push_to_hub", "hub_model_id"),
+)
+
+
+class ScriptArgumentParser(HfArgumentParser):
+    """`HfArgumentParser` whose help shows what is ours first, then what most runs need, then the rest of Trainer's.
+
+    Args:
+        dataclass_types: the dataclasses; those with an `_argument_group_name` are groups of their own.
+    """
+
+    def __init__(self, dataclass_types: tuple[type, ...]):
+        trainers = {one.name for one in fields(TrainingArguments)}
+        # What we declare again has another default or meaning.
+        ours = {name for kind in dataclass_types if issubclass(kind, TrainingArguments) for name in _declared(kind)}
+        self._title_of = dict.fromkeys(trainers - ours, "other arguments of Transformers' Trainer")
+        self._title_of |= dict.fromkeys(ours, "training") | dict.fromkeys(_COMMON, "run")
+        self._group_of: dict[str, argparse._ArgumentGroup] = {}
+        super().__init__(dataclass_types, usage="%(prog)s [FILE.yaml | FILE.json] [--argument value ...]")
+
+    def add_argument(self, *flags, **options) -> argparse.Action:
+        """Adds an argument to the group that it belongs to; called for each field of the training arguments."""
+        title = self._title_of.get(options.get("dest", flags[0].lstrip("-")))
+        if title is None:
+            return super().add_argument(*flags, **options)
+        if not self._group_of:  # after the groups of the model and the data, which come first
+            for name in ("training", "run", "other arguments of Transformers' Trainer"):
+                self._group_of[name] = self.add_argument_group(name)
+        return self._group_of[title].add_argument(*flags, **options)
+
+
+def _declared(dataclass_type: type) -> set[str]:
+    """Names of the arguments that a class and its parents before `TrainingArguments` declare."""
+    ours = dataclass_type.__mro__[: dataclass_type.__mro__.index(TrainingArguments)]
+    return {name for one in ours for name in one.__annotations__}
 
 
 def parse_arguments(
-    kinds: tuple[type, ...], argv: list[str], defaults_for: Callable[[dict], dict] = lambda chosen: {}
+    dataclass_types: tuple[type, ...], argv: list[str], defaults_for: Callable[[dict], dict] = lambda chosen: {}
 ) -> tuple:
     """Reads flags, or a .json/.yaml file followed by flags that win over it, into dataclasses.
 
     Args:
-        kinds: the dataclasses.
+        dataclass_types: the dataclasses.
         argv: the command line without the script.
         defaults_for: what else shall be default, given all that was chosen; the file and flags win over it.
 
     Raises:
-        `ValueError`: for names in the file that are no arguments.
+        `ValueError`: for a file that is not valid, and for values that the dataclasses refuse.
     """
-    parser = HfArgumentParser(kinds)
-    values, flags = read_argument_file(argv)
-    unknown = sorted(set(values) - {action.dest for action in parser._actions})
-    if unknown:
-        raise ValueError(f"{argv[0]} sets {unknown}, which are no arguments of this script.")
+    parser = ScriptArgumentParser(dataclass_types)
+    values, flags = {}, argv
+    if argv and argv[0].endswith(SUFFIXES):
+        values, flags = read_argument_file(argv[0], dataclass_types), argv[1:]
     parser.set_defaults(**values)
-    parser.set_defaults(**{**defaults_for(vars(parser.parse_known_args(flags)[0])), **values})
+    chosen, unknown = parser.parse_known_args(flags)
+    if unknown:
+        raise ValueError(f"{unknown} are no arguments of this script; --help lists them.")
+    parser.set_defaults(**{**defaults_for(vars(chosen)), **values})
     return parser.parse_args_into_dataclasses(flags)

@@ -5,13 +5,14 @@ import os
 import shlex
 import shutil
 from collections.abc import Sized
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .curves import loss_curve
 from .energy import CO2
+from .extras import is_installed
 
 
 CITATION = """## Citation
@@ -45,9 +46,7 @@ RUN = """## Data
 | --- | --- |
 {results}
 
-![Loss over steps](loss_curve.png)
-
-{pictures}
+{curve}{pictures}
 
 """
 PRETRAINED = (
@@ -161,12 +160,14 @@ class RunFacts:
         data: a sentence on the images.
         dataset: name of the data.
         license_name: the Hub's name of the licence that the data asks for, if known.
+        arguments: those of the script beside the trainer's, for the record in checkpoints.
     """
 
     command: str
     data: str
     dataset: str
     license_name: str | None = None
+    arguments: dict = field(default_factory=dict)
 
 
 # Of evaluation's results, those that measure the machine and not the model.
@@ -197,23 +198,26 @@ def describe_run(
     dataset_name: str | None,
     folder: str | None,
     elpv_labels: str = "",
+    arguments: tuple = (),
 ) -> RunFacts:
-    """What the model card tells of a run of a script.
+    """What the model card and checkpoints tell of a run of a script.
 
     Args:
         images: the data set of each purpose, if there is one; streams have no length.
         dataset_name, folder: where the images come from; without either they are the ELPV photographs.
         elpv_labels: a sentence on the labels of the ELPV photographs, if they are used.
+        arguments: dataclasses of arguments beside those of the trainer.
     """
+    given = {name: value for part in arguments for name, value in asdict(part).items()}
     counts = [f"{len(part):,} for {purpose}" for purpose, part in images.items() if isinstance(part, Sized)]
     counts = " and ".join(counts) or "as a stream"
     command = shlex.join(["python", script, *argv])
     if dataset_name or folder:
         name = dataset_name or os.path.basename(os.path.abspath(folder))
-        return RunFacts(command, f"Images of `{name}`: {counts}.", name)
+        return RunFacts(command, f"Images of `{name}`: {counts}.", name, arguments=given)
     page = "[ELPV](https://github.com/zae-bayern/elpv-dataset)"
     sentence = f"{page}, electroluminescence photographs of solar cells (CC-BY-NC-SA-4.0): {counts}."
-    return RunFacts(command, f"{sentence} {elpv_labels}The split is fixed.", "ELPV", "cc-by-nc-sa-4.0")
+    return RunFacts(command, f"{sentence} {elpv_labels}The split is fixed.", "ELPV", "cc-by-nc-sa-4.0", given)
 
 
 def write_model_card(trainer, facts: RunFacts) -> None:
@@ -289,7 +293,10 @@ def _device_name() -> str:
 
 def _write(trainer, facts: RunFacts, template: str, metadata: dict, **values) -> None:
     folder = trainer.args.output_dir
-    loss_curve(trainer.state.log_history).savefig(os.path.join(folder, "loss_curve.png"), dpi=120)
+    curve = ""
+    if is_installed("matplotlib"):
+        loss_curve(trainer.state.log_history).savefig(os.path.join(folder, "loss_curve.png"), dpi=120)
+        curve = "![Loss over steps](loss_curve.png)\n\n"
     location = trainer.args.hub_model_id or folder
     title = os.path.basename(os.path.normpath(location))
     unreadable = f" {len(trainer.unreadable)} of them could not be read." if trainer.unreadable else ""
@@ -300,6 +307,7 @@ def _write(trainer, facts: RunFacts, template: str, metadata: dict, **values) ->
         data=facts.data + unreadable,
         command=facts.command,
         results=_table(_results(trainer.state.log_history)),
+        curve=curve,
         **values,
     )
     ModelCard(content + CITATION).save(os.path.join(folder, "README.md"))

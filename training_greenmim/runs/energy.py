@@ -3,6 +3,8 @@
 
 from transformers import TrainerCallback
 
+from .extras import require
+
 
 KWH, CO2, IMAGES_PER_JOULE = "energy_kwh", "co2_eq_kg", "images_per_joule"
 JOULES_PER_KWH = 3.6e6
@@ -14,9 +16,9 @@ def check_country(code: str | None) -> None:
     Raises:
         `ValueError`: for what is no ISO code of three letters, or a country without numbers.
     """
-    from codecarbon.input import DataSource  # here, for the import takes a while and few runs need it
-
-    if code not in DataSource().get_global_energy_mix_data():
+    # Here, for the import takes a while and few runs need it.
+    source = require("codecarbon.input", "energy").DataSource()
+    if code not in source.get_global_energy_mix_data():
         raise ValueError(
             f"`country_iso_code` is {code!r}; `track_energy` needs the three letters of the country whose power is"
             " used, such as DEU or USA, to tell the emissions."

@@ -1,0 +1,19 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints in and out: official GreenMIM, SimMIM, Microsoft's, timm's and Transformers' Swin, and Twins.
+
+The command is in `__main__`. The way of a checkpoint
+
+in:  a file or folder -> `reading` -> `Source` -> its format (`formats/`) -> `Checkpoint`, weights by our names
+     -> `inference` (configuration) -> `importing` (model, folder) and `cards`.
+out: a model -> `exporting` -> a format.
+
+A new format is one file in `formats/` and its place in the registry there. Nothing of this package travels with
+published models.
+"""
+
+from .checkpoint import Checkpoint, CheckpointError
+from .exporting import export_model
+from .importing import convert, import_checkpoint, read_checkpoint
+
+
+__all__ = ["Checkpoint", "CheckpointError", "convert", "export_model", "import_checkpoint", "read_checkpoint"]

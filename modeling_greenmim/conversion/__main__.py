@@ -1,0 +1,71 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Checkpoints in and out: official GreenMIM, SimMIM, Microsoft's, timm's and Transformers' Swin, and Twins.
+
+python -m modeling_greenmim.conversion import --checkpoint FILE.pth --output DIR
+python -m modeling_greenmim.conversion export --model DIR --to timm --output FILE.safetensors
+"""
+
+import argparse
+import sys
+
+from . import CheckpointError, export_model, import_checkpoint
+from .formats import WRITABLE
+
+
+# Values of the configuration that the command line can give.
+GIVEN = ("image_size", "layer_norm_eps", "decoder_num_attention_heads", "num_heads", "window_size")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Arguments of `python -m modeling_greenmim.conversion`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_greenmim.conversion",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    reading = commands.add_parser("import", help="make a GreenMIM folder of a checkpoint")
+    reading.add_argument("--checkpoint", required=True, help="file, or folder of Transformers' Swin")
+    reading.add_argument("--output", required=True, help="folder to write")
+    reading.add_argument(
+        "--patch_merging_order",
+        choices=("auto", "row", "column"),
+        default="auto",
+        help="how the checkpoint joins 2x2 patches; auto: by args.model of official files",
+    )
+    reading.add_argument("--image_size", type=int, help="side in pixels; default: what the file tells, or 224")
+    reading.add_argument(
+        "--decoder_num_attention_heads", type=int, help="no weight tells; default: one for 32 channels, as published"
+    )
+    reading.add_argument(
+        "--num_heads", type=int, nargs="+", help="of each stage of a Twins, which no weight tells; default: likewise"
+    )
+    reading.add_argument("--window_size", type=int, help="of a Twins, which no weight tells; default: 7")
+    reading.add_argument(
+        "--layer_norm_eps", type=float, help="default: 1e-6 for official files and Twins, else the source's"
+    )
+    writing = commands.add_parser("export", help="write a GreenMIM model in another format")
+    writing.add_argument("--model", required=True, help="folder or repository of a GreenMIM model")
+    writing.add_argument("--to", required=True, choices=WRITABLE)
+    writing.add_argument("--output", required=True, help="folder for transformers-swin, else a file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command; an error of the checkpoint is one message, not a traceback."""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.command == "import":
+            values = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
+            model = import_checkpoint(args.checkpoint, args.output, args.patch_merging_order, **values)
+            count = sum(parameter.numel() for parameter in model.parameters())
+            print(f"{type(model).__name__} of {count / 1e6:.2f} M parameters: {args.output}")
+        else:
+            relative = export_model(args.model, args.to, args.output)
+            print(f"{args.output}; largest relative difference of features, by layer_norm_eps: {relative:.1e}")
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

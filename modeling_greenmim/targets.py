@@ -1,0 +1,79 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""What pre-training predicts of each mask unit, by name. A new target is a file with a class, and a line here."""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from .configuration_greenmim import GreenMIMConfig
+from .layout import patchify
+
+
+class ReconstructionTarget(Protocol):
+    """What a class in `TARGETS` has; it is made with the configuration of the model.
+
+    Attributes:
+        width: values to predict of each unit.
+    """
+
+    width: int
+
+    def targets(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images `(batch, channels, height, width)` -> `(batch, num_units, self.width)`, at least single precision."""
+
+    def to_pixels(self, predictions: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Predictions `(batch, num_units, self.width)` of images -> pixels of units, as `patchify` cuts them."""
+
+
+class PixelTarget:
+    """The pixels of a unit in (row, column, channel) order, normalised by its own mean and variance if so configured.
+
+    Raises:
+        `ValueError`: where a unit has a single value, which has no variance, and is to be normalised.
+    """
+
+    def __init__(self, config: GreenMIMConfig):
+        self.unit, self.normalizes = config.encoder_stride, config.norm_pix_loss
+        self.width = self.unit**2 * config.num_channels
+        if self.normalizes and self.width == 1:
+            raise ValueError(
+                "`norm_pix_loss` is True, but a mask unit of one pixel and one channel is a single value, which has no"
+                " variance; set it to False, or choose a larger `patch_size`."
+            )
+
+    def targets(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Images `(batch, channels, height, width)` -> `(batch, num_units, unit**2 * channels)`."""
+        patches = self._patches(pixel_values)
+        return normalize_units(patches) if self.normalizes else patches
+
+    def to_pixels(self, predictions: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Scales predictions back by the mean and variance of each unit of the images."""
+        predictions = predictions.float()
+        if not self.normalizes:
+            return predictions
+        mean, deviation = unit_statistics(self._patches(pixel_values))
+        return predictions * deviation + mean
+
+    def _patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches = patchify(pixel_values, self.unit)
+        return patches.to(torch.promote_types(patches.dtype, torch.float32))
+
+
+# What `reconstruction_target` of a configuration names.
+TARGETS: dict[str, type[ReconstructionTarget]] = {
+    "pixels": PixelTarget,
+}
+
+
+def unit_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation `sqrt(variance + 1e-6)` of each unit, `(batch, num_units, 1)`."""
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
+def normalize_units(patches: torch.Tensor) -> torch.Tensor:
+    """Patches `(batch, num_units, values)` less their unit's mean, divided by its deviation."""
+    values = patches.shape[-1]
+    # The fused layer normalisation divides by the biased deviation; ours is the unbiased one.
+    share = (values - 1) / values
+    return nn.functional.layer_norm(patches, (values,), eps=1e-6 * share) * share**0.5
