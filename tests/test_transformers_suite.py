@@ -42,8 +42,6 @@ NAMES = {
 NOT_APPLICABLE = {
     "test_retain_grad_hidden_states_attentions": "hidden states and attention weights are handed out in raster order:"
     " copies of what the encoder works on",
-    "test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions": "sdpa keeps no attention weights, and"
-    " asking it for them is an error",
     "test_model_get_set_embeddings": "patches are embedded by a linear layer, not looked up",
 }
 
