@@ -1,11 +1,11 @@
 """Every block of code in README.md and docs/ runs, and what these pages name exists.
 
-Blocks of a page run in order, in one working directory, where `photos`, `train`, `validation`, `photo.jpg`,
-`outputs/photos` (pre-trained) and `outputs/classifier` are small made ones. Commands of the scripts run in this
-process, as typed but for a tiny model and two steps (`TINY`); Python runs as it is. A name of the Hub is a local
-folder here. In a command, `...` stands for the flags of the page's command before it. A block of YAML whose first line
-is `# name.yaml` is written to that file. Commands that a test cannot run are those of `CHECKS`, where it says what is
-checked instead; any other command fails.
+Blocks of a page run in order, in one working directory, where `photos`, `train`, `validation`, `outputs/photos`
+(pre-trained) and `outputs/classifier` are small made ones, and any image that Python opens. Commands of the scripts
+run in this process, as typed but for a tiny model and two steps (`TINY`); Python runs as it is. A name of the Hub is
+a local folder here. In a command, `...` stands for the flags of the page's command before it. A block of YAML whose
+first line is `# name.yaml` is written to that file. Commands that a test cannot run are those of `CHECKS`, where it
+says what is checked instead; any other command fails.
 """
 
 import argparse
@@ -181,9 +181,8 @@ def made(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("given")
     write_images(folder / "photos" / "2024", 12)
     write_images(folder / "photos" / "2025", 12, first_seed=100)
-    write_class_folders(folder / "train", {"red": 8, "blue": 8})
+    write_class_folders(folder / "train", {"red": 12, "blue": 12})
     write_class_folders(folder / "validation", {"red": 4, "blue": 4}, first_seed=500)
-    noise_image(7).save(folder / "photo.jpg")
     write_model(folder / "outputs" / "photos")
     write_model(folder / "outputs" / "classifier", classes=2)
     shutil.copytree(ROOT / "examples", folder / "examples")
@@ -205,14 +204,13 @@ class Runner:
         self.flags: list[str] = []  # of the command before
         self.names = {
             "image": noise_image(3, 80, 70),
-            "images": [noise_image(3, 80, 70), noise_image(4, 60, 90)],
             "pixel_values": torch.randn(2, 3, 64, 64),
             "labels": torch.randint(0, 3, (2, 64, 64)),
         }
 
     def run(self, block: Block) -> None:
         if block.language == "python":
-            self.provide_models(block.code)
+            self.provide(block.code)
             exec(compile("\n" * block.line + block.code, str(block.page), "exec"), self.names)
         elif block.language == "yaml":
             name = re.match(r"# (\S+\.ya?ml)\n", block.code)
@@ -316,7 +314,11 @@ class Runner:
             except SystemExit as exit:
                 assert not exit.code
 
-    def provide_models(self, code: str) -> None:
+    def provide(self, code: str) -> None:
+        """Makes the images and models that code opens."""
+        for name in re.findall(r'"([\w/]+\.(?:png|jpg))"', code):
+            if not Path(name).exists():
+                noise_image(7, 80, 70).save(name)
         for line in code.splitlines():
             for name in re.findall(r'(?:from_pretrained\(|model=)"([^"]+)"', line):
                 self.provide_model(name, classes=2 if "lassif" in line else 0)
@@ -356,6 +358,10 @@ def known_flags() -> set[str]:
     return known | launcher | {"constraint", "editable", "upgrade", "index-url"}
 
 
+# Where files lie that a page names without their folder.
+HOMES = ("", "modeling_greenmim", "modeling_greenmim/conversion", "training_greenmim", "benchmarks")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_what_is_named_exists(page):
     text = page.read_text()
@@ -369,15 +375,8 @@ def test_what_is_named_exists(page):
             titles = re.findall(r"^#+ (.*)$", target.read_text(), flags=re.MULTILINE)
             anchors = {"#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
             assert anchor in anchors, f"{where} links to {link}{anchor}"
-    for path in re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|sbatch)|(?:[\w.-]+/)+[\w.-]*)`", text):
-        homes = (
-            ROOT,
-            ROOT / "modeling_greenmim",
-            ROOT / "training_greenmim",
-            ROOT / "examples" / "accelerate",
-            ROOT / "benchmarks",
-        )
-        assert path.startswith("outputs/") or any((home / path).exists() for home in homes), f"{where} names {path}"
+    for path in re.findall(r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|sbatch))`", text):
+        assert any((ROOT / home / path).exists() for home in HOMES), f"{where} names {path}"
     for name in re.findall(r"`make ([\w-]+)`", text):
         check_make(["make", name])
 
