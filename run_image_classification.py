@@ -202,6 +202,7 @@ def build_model(model_args: ModelArguments, names: list[str] | None, checkpoint:
         `ValueError`: for checkpoints that do not fit.
     """
     if checkpoint:
+        read_config(checkpoint, "resume_from_checkpoint")  # checkpoints in parts have none
         if model_args.mode == "linear":
             probe = load_probe(checkpoint, model_args.attn_implementation)
             return probe, AutoImageProcessor.from_pretrained(checkpoint)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -61,6 +62,13 @@ def test_wrong_files_are_refused_by_file_and_key(tmp_path, case):
 def test_a_missing_file_is_named():
     with pytest.raises(ValueError, match=r"nowhere\.yaml: there is no such file of arguments"):
         run_mim.main(["nowhere.yaml"])
+
+
+@pytest.mark.parametrize("text", ["true", '"true"'])
+def test_a_file_can_ask_to_resume(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"output_dir: out\nuse_cpu: true\nresume_from_checkpoint: {text}\n")
+    assert parse_run_mim([path])[2].resume_from_checkpoint == "true"
 
 
 def test_values_in_files_become_what_their_arguments_are(tmp_path):
@@ -193,8 +201,10 @@ def test_help_shows_ours_before_trainers(script, capsys):
 
 def test_every_argument_of_ours_is_explained_on_the_page():
     page = (ROOT / "docs" / "pre-training.md").read_text()
-    names = {*run_mim.ModelArguments.__dataclass_fields__, *run_mim.DataArguments.__dataclass_fields__}
-    names |= set(MIMTrainingArguments.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
+    classes = (run_mim.ModelArguments, run_mim.DataArguments, MIMTrainingArguments)
+    names = {field.name for one in classes for field in fields(one)} - {
+        field.name for field in fields(TrainingArguments)
+    }
     missing = [name for name in sorted(names | {"bf16", "debug"}) if f"--{name}" not in page]
     assert not missing, missing
 

@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(torch, "save", full)
     message = shown(capsys, lambda: run(out, *options, "--save_steps", 1))
-    assert "No space left on device" in message and "--resume_from_checkpoint true" in message
+    assert "No space left on" in message and "--resume_from_checkpoint true" in message
     monkeypatch.setattr(torch, "save", save)
     run(out, *options, "--save_steps", 1, "--resume_from_checkpoint", "true")
     assert_same_weights(out, run(tmp_path / "whole", *options[:-2], "--save_strategy", "no"))
@@ -357,6 +357,7 @@ run_image_classification.main(sys.argv[split + 1 :])
 """
 
 
+@pytest.mark.slow
 def test_scripts_work_without_any_extra(tmp_path):
     data = write_class_folders(tmp_path / "data", {"red": 6, "blue": 6})
     short = ("--train_dir", data, "--validation_dir", data, "--do_train", "--do_eval", "--max_steps", 1)
