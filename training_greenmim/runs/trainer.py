@@ -205,9 +205,10 @@ class ImageTrainer(CheckpointTrainer):
         return output
 
     def _check_length(self) -> None:
-        for name in ("max_steps",) if self.args.max_steps >= 0 else ("num_train_epochs",):
-            if getattr(self.args, name) <= 0:
-                raise ValueError(f"`{name}` is {getattr(self.args, name)}: not a single step would be trained.")
+        if self.args.max_steps <= 0 and self.args.num_train_epochs <= 0:
+            raise ValueError(
+                f"`num_train_epochs` is {self.args.num_train_epochs}: not a single step would be trained."
+            )
 
     def load_checkpoint(self, folder: str) -> None:
         """Gives the model the weights of a checkpoint, and the trainer its state, to evaluate it.
