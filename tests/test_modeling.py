@@ -350,6 +350,7 @@ def test_training_after_inference_mode():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_training_steps_equal_eager_ones():
     """The masks need other group sizes and numbers of groups: compiled code must serve all of them."""
     torch.manual_seed(0)
@@ -409,6 +410,7 @@ def test_plans_that_do_not_fit_are_refused(pretraining):
         pretraining(images(), plan=plan, output_hidden_states=True)
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_once_for_all_masks():
     """1,000 steps with fresh masks of static plans: one graph, no break, and the losses of the model as it is."""
     torch.manual_seed(0)
@@ -507,6 +509,7 @@ def test_torch_export_equals_eager(name):
             assert_close(one, other, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTS)
 def test_onnx_export_equals_eager(name, tmp_path):
     model, pixel_values = exported_models()[name], images(2, *EXPORTS[name][1])

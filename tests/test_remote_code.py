@@ -75,6 +75,7 @@ def test_every_model_takes_all_code_and_names_along(kind, tmp_path):
     assert not {"auto_map", "image_processor_type"} & set(processor)
 
 
+@pytest.mark.slow
 def test_loads_where_the_project_is_not_importable(tmp_path):
     model = save(GreenMIMForImageClassification, tmp_path / "model")
     code = """
@@ -111,6 +112,7 @@ model.save_pretrained(folder + "-again")
     assert again.strip() == "GreenMIMModel"
 
 
+@pytest.mark.slow
 def test_installed_and_imported_needs_no_trust(tmp_path):
     save(GreenMIMForImageClassification, tmp_path / "model")
     code = f"""

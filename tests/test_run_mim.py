@@ -552,6 +552,7 @@ def test_resuming_a_finished_run_is_an_error_that_names_what_to_raise(tmp_path, 
 # Exact resumption
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_equals_one_that_was_not(tmp_path):
     """With workers, micro-batches, dropout, a mask for each image and an image that cannot be read."""
     overrides = OVERRIDES + ",drop_path_rate=0.4,hidden_dropout_prob=0.1"
@@ -596,6 +597,7 @@ def test_resumption_at_any_place_of_an_epoch_is_exact(tmp_path):
         assert_same_weights(whole, resumed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumption_of_a_stream_is_exact(tmp_path, workers):
     # About 4 steps a pass: the first checkpoint is in the first pass, the other in the second.
@@ -663,6 +665,7 @@ def launch(tmp_path: Path, argv: list[str]) -> list[list[dict]]:
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_images_and_draw_their_own_masks(tmp_path):
     write_images(tmp_path / "data", 10)
     for index in range(6):
@@ -684,6 +687,7 @@ def test_two_processes_share_the_images_and_draw_their_own_masks(tmp_path):
     assert "6 of them could not be read" in card_of(output), "those that any process met"
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_stream(tmp_path):
     """Each reads shards of its own, though their number is odd; and they meet an unreadable image in evaluation."""
     data = write_webdataset(tmp_path / "data", [flat_image(seed) for seed in range(18)], shards=3)
@@ -704,6 +708,7 @@ def test_two_processes_share_a_stream(tmp_path):
 # Compiled
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_run_as_it_is(tmp_path):
     """One graph, though evaluations lie between its steps and its images do not fill whole batches."""
     write_images(tmp_path / "data", 10)

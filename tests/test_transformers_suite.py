@@ -32,6 +32,8 @@ from transformers_tests.test_configuration_common import ConfigTester  # noqa: E
 from transformers_tests.test_modeling_common import ModelTesterMixin  # noqa: E402
 
 
+pytestmark = pytest.mark.slow
+
 # What Transformers lists of its own models, which the tests go by.
 NAMES = {
     "MODEL_MAPPING_NAMES": "GreenMIMModel",
