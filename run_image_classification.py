@@ -41,12 +41,11 @@ from training_greenmim.data import labels
 from training_greenmim.data.image_dataset import EveryImage, ImageDataset
 from training_greenmim.data.labels import LabelledData
 from training_greenmim.data.readers import (
+    DataSource,
     Part,
     check_first_readable,
     decoded_once,
-    elpv,
-    load_class_folders,
-    load_folder,
+    read_records,
 )
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
 from training_greenmim.runs.arguments import (
@@ -60,7 +59,7 @@ from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
 from training_greenmim.runs.lock import locked_output
 from training_greenmim.runs.models import build_config, parse_overrides, read_config
-from training_greenmim.runs.script import check_channels, evaluate, finish, load_named_dataset, run_script, train
+from training_greenmim.runs.script import check_channels, evaluate, finish, run_script, train
 
 
 logger = logging.getLogger(__name__)
@@ -147,27 +146,11 @@ def load_data(data: DataArguments, args: ClassificationTrainingArguments) -> Lab
     Raises:
         `ValueError`: for folders or data sets that do not fit.
     """
-    parts = LabelledData()
-    if data.dataset_name:
-        found = load_named_dataset(data.dataset_name, data.dataset_config_name)
-        columns = (data.image_column_name, data.label_column_name)
-        splits = {"train": "train", "validation": "validation", "test": "test"}
-        if "validation" not in found:
-            splits = {"train": "train", "test": "validation"}
-        for split, name in splits.items():
-            if split in found and (name != "test" or args.do_predict):
-                records = labels.prepare(found[split], "dataset_name", *columns, may_lack_labels=name == "test")
-                setattr(parts, name, Part(records, "dataset_name"))
-    elif data.train_dir or data.validation_dir or data.test_dir:
-        if data.train_dir:
-            parts.train = Part(load_class_folders(data.train_dir, "train_dir"), "train_dir")
-        if data.validation_dir:
-            folder = load_class_folders(data.validation_dir, "validation_dir")
-            parts.validation = Part(folder, "validation_dir")
-    else:
-        parts.train, parts.validation = (Part(labels.prepare(part, "dataset_name"), "dataset_name") for part in elpv())
-    if data.test_dir:
-        parts.test = Part(load_folder(data.test_dir, "test_dir"), "test_dir")
+    parts, columns = LabelledData(), (data.image_column_name, data.label_column_name)
+    for name, part in read_records(DataSource.of(data), labelled=True).items():
+        if name != "test" or args.do_predict:
+            records = labels.prepare(part.records, part.argument, *columns, may_lack_labels=name == "test")
+            setattr(parts, name, Part(records, part.argument))
     if parts.validation is None and parts.train is not None and (args.do_eval or args.do_predict):
         train, validation = labels.split(parts.train.records, data.train_val_split, args.seed)
         parts.train, parts.validation = Part(train, parts.train.argument), Part(validation, parts.train.argument)
@@ -219,6 +202,7 @@ def build_model(model_args: ModelArguments, names: list[str] | None, checkpoint:
         `ValueError`: for checkpoints that do not fit.
     """
     if checkpoint:
+        read_config(checkpoint, "resume_from_checkpoint")  # checkpoints in parts have none
         if model_args.mode == "linear":
             probe = load_probe(checkpoint, model_args.attn_implementation)
             return probe, AutoImageProcessor.from_pretrained(checkpoint)

@@ -21,11 +21,11 @@ from modeling_greenmim import GreenMIMForPreTraining
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 from training_greenmim.data.image_dataset import ImageDataset
 from training_greenmim.data.readers import (
+    DataSource,
     check_first_readable,
     decoded_once,
-    elpv,
     find_image_column,
-    load_folder,
+    read_records,
     undecoded,
 )
 from training_greenmim.data.streams import ImageStream
@@ -41,7 +41,7 @@ from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
 from training_greenmim.runs.lock import locked_output
 from training_greenmim.runs.models import build_config, from_pretrained, read_greenmim_config
-from training_greenmim.runs.script import check_channels, evaluate, finish, load_named_dataset, run_script, train
+from training_greenmim.runs.script import check_channels, evaluate, finish, run_script, train
 
 
 logger = logging.getLogger(__name__)
@@ -89,19 +89,10 @@ def load_data(data: DataArguments, args: MIMTrainingArguments):
     Raises:
         `ValueError`: when there is nothing to evaluate on but evaluation is asked for, or `max_steps` lacks.
     """
-    if data.train_dir:
-        train = load_folder(data.train_dir, "train_dir")
-        validation = load_folder(data.validation_dir, "validation_dir") if data.validation_dir else None
-        argument = "train_dir"
-    elif data.dataset_name:
-        parts = load_named_dataset(data.dataset_name, data.dataset_config_name, data.streaming)
-        if "train" not in parts:
-            raise ValueError(f"`dataset_name` is {data.dataset_name!r}, which has no split train but {list(parts)}.")
-        train, validation = parts["train"], parts.get("validation", parts.get("test"))
-        argument = "dataset_name"
-    else:
-        train, validation = elpv()
-        argument = "dataset_name"
+    parts = read_records(DataSource.of(data), needs_train=True)
+    train, validation, argument = parts["train"].records, None, parts["train"].argument
+    if "validation" in parts:
+        validation = parts["validation"].records
     column = find_image_column(train, data.image_column_name)
     train = undecoded(train, column)
     if validation is not None:

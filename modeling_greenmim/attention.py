@@ -8,7 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_greenmim import GreenMIMConfig
 from .layout import move_tokens, take_tokens
-from .plans import GroupPlan
+from .plans import GroupPlan, has_padding
 
 
 def eager_attention_forward(
@@ -85,10 +85,10 @@ class GreenMIMWindowAttention(nn.Module):
         num_groups = plan.bias_index.shape[1]
         moves = plan.token_of_slot is not None
         # What is moved is least before the projection; but with padding, projecting tokens alone costs less.
-        if moves and not plan.has_padding:
+        if moves and not has_padding(plan):
             hidden_states = self._to_slots(hidden_states, plan)
         qkv = self.qkv(hidden_states)
-        if plan.has_padding:
+        if has_padding(plan):
             qkv = self._to_slots(qkv, plan)
         # (batch, groups * slots, 3 * width) -> (batch, heads * groups, slots, head_dim) each, in one copy
         qkv = qkv.unflatten(2, (3, self.num_heads, -1)).unflatten(1, (num_groups, -1))
@@ -107,7 +107,7 @@ class GreenMIMWindowAttention(nn.Module):
     @staticmethod
     def _to_tokens(slots: torch.Tensor, plan: GroupPlan) -> torch.Tensor:
         """`(batch, groups * slots, channels)` -> `(batch, num_tokens, channels)`."""
-        if plan.has_padding:
+        if has_padding(plan):
             return take_tokens(slots, plan.slot_of_token)
         return move_tokens(slots, plan.slot_of_token, plan.token_of_slot.flatten(1))
 
@@ -132,10 +132,10 @@ def raster_attention_weights(weights: torch.Tensor, plan: GroupPlan, raster_orde
     Returns:
         `(batch, heads, num_tokens, num_tokens)`.
     """
-    num_groups, num_slots = plan.bias_index.shape[1], plan.num_slots
+    _, num_groups, group_size, _ = plan.bias_index.shape
     blocks = weights.unflatten(1, (-1, num_groups)).permute(0, 1, 3, 4, 2)
     pairs = torch.diag_embed(blocks, dim1=2, dim2=4).flatten(4, 5).flatten(2, 3)
     slots = raster_order if plan.slot_of_token is None else plan.slot_of_token.flatten()[raster_order]
-    slots = slots % num_slots  # counted in each plan, not through all
+    slots = slots % (num_groups * group_size)  # counted in each plan, not through all
     pairs = torch.take_along_dim(pairs, slots[:, None, :, None], dim=2)
     return torch.take_along_dim(pairs, slots[:, None, None, :], dim=3)

@@ -76,7 +76,7 @@ class GreenMIMPatchEmbeddings(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, visible_units: torch.Tensor | None, dtype: torch.dtype
     ) -> torch.Tensor:
-        """`(batch, channels, height, width)` -> `(batch, num_tokens, embed_dim)` in nested order, in `dtype`."""
+        """`(batch, channels, height, width)` -> `(batch, num_tokens, embed_dim)` in nested order, from `dtype`."""
         return self.projection(nested_patches(pixel_values, self.unit, self.patch_size, visible_units).to(dtype))
 
 

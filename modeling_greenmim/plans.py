@@ -42,10 +42,14 @@ class GroupPlan:
         """Slots of all groups of one plan, padding included."""
         return self.bias_index.shape[1] * self.group_size
 
-    @property
-    def has_padding(self) -> bool:
-        """Whether some slots hold no token."""
-        return self.slot_of_token is not None and self.slot_of_token.shape[1] < self.num_slots
+
+def has_padding(plan: GroupPlan) -> bool:
+    """Whether some slots hold no token.
+
+    No property: compilers take the plan of a dense model for a constant, of which they read fields alone.
+    """
+    _, num_groups, group_size, _ = plan.bias_index.shape
+    return plan.slot_of_token is not None and plan.slot_of_token.shape[1] < num_groups * group_size
 
 
 def bias_index(keys: np.ndarray, window_size: int) -> torch.Tensor:

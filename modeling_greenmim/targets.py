@@ -23,7 +23,7 @@ class ReconstructionTarget(Protocol):
         """Images `(batch, channels, height, width)` -> `(batch, num_units, self.width)`, at least single precision."""
 
     def to_pixels(self, predictions: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Predictions `(batch, num_units, self.width)` of images -> pixels of units, as of `layout.patchify`."""
+        """Predictions `(batch, num_units, self.width)` of images -> pixels of units, as `patchify` cuts them."""
 
 
 class PixelTarget:

@@ -5,3 +5,8 @@ import os
 
 # Read when torch is imported, by the processes that tests start too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_ignore_collect(collection_path, config) -> bool | None:
+    """`make test` leaves out the common tests of Transformers, which `make test-all` fetches."""
+    return (config.option.markexpr == "not slow" and collection_path.name == "test_transformers_suite.py") or None

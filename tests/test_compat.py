@@ -1,5 +1,6 @@
 """Canaries: each fails, saying what changed, when a new version of a library breaks what compat.py relies on."""
 
+import dataclasses
 import inspect
 import logging
 
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import (
     ImageClassificationPipeline,
     ImageFeatureExtractionPipeline,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -19,7 +21,11 @@ from transformers import (
     ViTModel,
 )
 from transformers.image_utils import load_image
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import TransformersKwargs
 
+from modeling_greenmim import GreenMIMConfig, GreenMIMModel
+from tests.oracle import tiny_config
 from tests.test_trainer import make_trainer
 from training_greenmim.compat import (
     datasets_cache_folder,
@@ -32,25 +38,6 @@ from training_greenmim.compat import (
 
 
 # transformers
-
-
-def test_trainers_checkpoints_hold_the_files_that_ours_do(tmp_path):
-    changes = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-    trainer = make_trainer(tmp_path / "run", **changes)
-    trainer.train()
-    trainer.write_checkpoint(str(tmp_path / "ours"))
-    trainer.state.global_step = 2
-    Trainer._save_checkpoint(trainer, trainer.model, None)
-    ours, theirs = (
-        {path.name for path in folder.rglob("*")} for folder in (tmp_path / "ours", tmp_path / "run" / "checkpoint-2")
-    )
-    assert ours == theirs, (
-        "Trainer._save_checkpoint writes other files: follow it in CheckpointTrainer.write_checkpoint"
-    )
-    kept = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
-    assert kept == {"checkpoint-2"}, (
-        "Trainer._save_checkpoint deletes older checkpoints no longer: is ours still needed?"
-    )
 
 
 def test_report_of_loading_is_still_logged_by_that_name(tmp_path, caplog):
@@ -90,6 +77,61 @@ def test_pipelines_convert_images_to_rgb_before_the_image_processor():
     assert np.asarray(load_image(sixteen_bits)).tolist() == np.full((8, 8, 3), 255).tolist(), "no longer turned white"
     for pipe in (ImageClassificationPipeline, ImageFeatureExtractionPipeline):
         assert "load_image(" in inspect.getsource(pipe.preprocess), f"{pipe.__name__} opens images in another way"
+
+
+def test_weights_are_loaded_by_one_function_that_takes_conversions():
+    load = inspect.signature(PreTrainedModel._load_pretrained_model).parameters
+    assert list(load) == ["model", "state_dict", "checkpoint_files", "load_config", "expected_keys"], (
+        "transformers' PreTrainedModel._load_pretrained_model has other arguments: modeling_greenmim/compat.py"
+    )
+    fields = {field.name for field in dataclasses.fields(LoadStateDictConfig)}
+    read = {"weight_mapping", "device_mesh", "ignore_mismatched_sizes", "pretrained_model_name_or_path"}
+    assert read <= fields, f"transformers' LoadStateDictConfig lacks {read - fields}: modeling_greenmim/compat.py"
+
+
+def test_a_conversion_is_called_for_each_weight_and_kept_for_saving(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    model = GreenMIMModel(tiny_config())
+    model.save_pretrained(tmp_path)
+    calls = []
+
+    class Recorded(GreenMIMModel.load_conversion):
+        def convert(self, input_dict, full_layer_name, config, **kwargs):
+            calls.append((full_layer_name, list(input_dict), type(config)))
+            return super().convert(input_dict, full_layer_name, config, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GreenMIMModel, "load_conversion", Recorded)
+        loaded = GreenMIMModel.from_pretrained(tmp_path)
+    names = {name for name in model.state_dict() if name.endswith("relative_position_bias_table")}
+    assert {name for name, *_ in calls} == names, "transformers calls ConversionOps.convert with other names or not"
+    assert calls[0][1:] == (["relative_position_bias_table"], GreenMIMConfig), "convert has other arguments"
+    assert loaded._weight_conversions == [], "transformers keeps the conversions that saving reverts elsewhere"
+
+
+def test_arguments_of_any_model_are_listed():
+    assert {"num_items_in_batch", "output_attentions"} <= set(TransformersKwargs.__annotations__), (
+        "transformers.utils.TransformersKwargs no longer lists what is passed to any model: modeling_greenmim.py"
+    )
+
+
+def test_trainers_checkpoints_hold_the_files_that_ours_do(tmp_path):
+    changes = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer = make_trainer(tmp_path / "run", **changes)
+    trainer.train()
+    trainer.write_checkpoint(str(tmp_path / "ours"))
+    trainer.state.global_step = 2
+    Trainer._save_checkpoint(trainer, trainer.model, None)
+    ours, theirs = (
+        {path.name for path in folder.rglob("*")} for folder in (tmp_path / "ours", tmp_path / "run" / "checkpoint-2")
+    )
+    assert ours == theirs, (
+        "Trainer._save_checkpoint writes other files: follow it in CheckpointTrainer.write_checkpoint"
+    )
+    kept = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert kept == {"checkpoint-2"}, (
+        "Trainer._save_checkpoint deletes older checkpoints no longer: is ours still needed?"
+    )
 
 
 # accelerate

@@ -1,13 +1,17 @@
 """GreenMIMConfig: defaults, derived values, saving, and refusal of values that contradict one another."""
 
 import json
+import math
+import random
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from configuration_greenmim import GreenMIMConfig
 from modeling_greenmim import GreenMIMConfig as PackagedConfig
+from modeling_greenmim import GreenMIMForPreTraining
 from modeling_greenmim.configuration_greenmim import count_visible_units
 from tests.oracle import tiny_config
 
@@ -193,3 +197,128 @@ def test_out_features_and_out_indices():
         tiny_config(out_features=["stage9"])
     with pytest.raises(ValueError, match="out_indices"):
         tiny_config(out_indices=[7])
+
+
+# Derived values as keywords, numbers without sense, and what hostile values come to
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("hidden_size", 32), ("num_hidden_layers", 3), ("stage_widths", [8, 16, 32]), ("unit_grid", (6, 6))],
+)
+def test_derived_values_as_keywords_must_agree(name, value, tmp_path):
+    assert tiny_config(**{name: value}) == tiny_config()
+    values = tiny_config().to_dict() | {name: value}
+    assert GreenMIMConfig.from_dict(values).to_dict() == tiny_config().to_dict()
+    wrong = [*value, 1] if isinstance(value, (list, tuple)) else value + 1
+    with pytest.raises(ValueError, match=rf"`{name}` is .*, but the other values give"):
+        tiny_config(**{name: wrong})
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises((ValueError, AttributeError), match=name):
+        GreenMIMConfig.from_pretrained(tmp_path, **{name: wrong})
+
+
+def test_contradictions_come_before_what_follows_from_them():
+    with pytest.raises(StrictDataclassError, match="`num_heads`"):
+        tiny_config(num_heads=[1, 3, 4], hidden_size=7)
+
+
+NUMBERS = ("mlp_ratio", "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range")
+NUMBERS += ("layer_norm_eps", "mask_ratio")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_numbers_that_are_not_finite_are_refused(name, value):
+    with pytest.raises(StrictDataclassError, match=f"`{name}` is {value}"):
+        tiny_config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"initializer_range": 0}, "`initializer_range` is 0, but it must be positive"),
+        ({"initializer_range": 1e30}, "`initializer_range` is 1e+30, but it must be positive"),
+        ({"layer_norm_eps": 0.0}, "`layer_norm_eps` is 0.0, but it must be positive"),
+        ({"layer_norm_eps": 1e-60}, "`layer_norm_eps` is 1e-60, but it must be positive"),
+        ({"mlp_ratio": 0.1}, "`mlp_ratio` is 0.1, but it leaves the first stage, of width 8, no hidden value"),
+        ({"reconstruction_target": "hog"}, "`reconstruction_target` is 'hog', but it must be one of \"pixels\""),
+    ],
+)
+def test_numbers_without_sense_are_refused(changes, message):
+    with pytest.raises(StrictDataclassError) as error:
+        tiny_config(**changes)
+    assert message in str(error.value)
+
+
+def test_units_of_a_single_value_cannot_be_normalised():
+    values = {"patch_size": 1, "depths": [1], "num_heads": [1], "num_channels": 1, "image_size": 4}
+    with pytest.raises(ValueError, match="`norm_pix_loss` is True, but a mask unit of one pixel and one channel"):
+        GreenMIMForPreTraining(tiny_config(**values))
+    model = GreenMIMForPreTraining(tiny_config(**values, norm_pix_loss=False))
+    assert model(torch.rand(2, 1, 4, 4)).loss.isfinite()
+
+
+INTEGERS = [-1, 0, 1, 2, 3, 4, 5, 7, 8, 16]
+REALS = [-1.0, 0, 0.0, 1e-300, 1e-12, 1e-6, 0.02, 0.25, 0.5, 0.75, 0.99, 1, 1.0, 4.0, math.inf, math.nan]
+LISTS = [[], [0], [1], [2], [1, 1], [1, 2], (2, 1), [2, 2, 2], [1, -1], [1.5], "ab", None, 3]
+# Values of each argument, sensible ones and others; what is not listed keeps to a tiny model.
+HOSTILE = {
+    "image_size": [*INTEGERS, 32, 48, 33, (32, 16), [16, 48], [16], (8, 8, 8), [], "32", None, -16, 16.0],
+    **{key: [*INTEGERS, 2.0, "2", None, True] for key in ("patch_size", "num_channels", "embed_dim", "window_size")},
+    **dict.fromkeys(("depths", "num_heads"), LISTS),
+    **{key: [*REALS, 1e30, "0.5", None] for key in NUMBERS},
+    "mlp_ratio": [*REALS, "2", None],  # no 1e30: how much memory there is no configuration knows
+    "backbone_type": ["swin", "twins", "vit", "", None, 1],
+    "reconstruction_target": ["pixels", "hog", None],
+    "hidden_act": ["gelu", "relu", "silu", "tanh", "nothing", None],
+    **{key: [True, False, "yes", None, 1] for key in ("norm_pix_loss", "qkv_bias")},
+    **{key: [*INTEGERS, 12, 2.5, None] for key in ("decoder_hidden_size", "decoder_intermediate_size")},
+    **{key: [*INTEGERS[:6], "1"] for key in ("decoder_num_hidden_layers", "decoder_num_attention_heads")},
+    "hidden_size": [*INTEGERS, None],
+    "num_hidden_layers": [*INTEGERS, None],
+    "out_features": [["stem"], ["stage1"], ["stage9"], [], "stem"],
+    "num_labels": [0, 1, 3],
+}
+
+
+def check_hostile_values(generator: random.Random, build: bool) -> bool:
+    """Either a clear error that names one of the arguments, or, if asked for, finite outputs; whether it was valid."""
+    values = {"image_size": 32, "patch_size": 2, "embed_dim": 4, "depths": [1, 1], "num_heads": [1, 2]}
+    values |= {"window_size": 3, "decoder_hidden_size": 8, "decoder_num_attention_heads": 2}
+    changed = generator.sample(sorted(HOSTILE), generator.randint(1, 3))
+    values |= {name: generator.choice(HOSTILE[name]) for name in changed}
+    try:
+        config = GreenMIMConfig(**values)
+        model = GreenMIMForPreTraining(config).eval() if build else None
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        # The default of another one may be what contradicts.
+        named = [name for name in (*values, "mask_ratio") if f"`{name}`" in str(error) or f"'{name}'" in str(error)]
+        assert named or "out_features" in str(error), f"{values}: {error!r}"
+        return False
+    if build:
+        pixel_values = torch.randn(2, config.num_channels, *config.image_height_and_width)
+        try:
+            loss = model(pixel_values).loss
+        except ValueError as error:  # an image of a single unit can only be classified
+            assert config.unit_grid == (1, 1) and "`mask_ratio`" in str(error), f"{values}: {error!r}"
+            loss = model.greenmim(pixel_values).pooler_output
+        assert loss.isfinite().all(), values
+    return True
+
+
+def test_hostile_values_are_refused_by_name_or_give_finite_outputs():
+    torch.manual_seed(0)
+    generator = random.Random(0)
+    with torch.no_grad():
+        valid = sum(check_hostile_values(generator, build=True) for _ in range(150))
+    assert valid > 20
+
+
+@pytest.mark.slow
+def test_ten_thousand_hostile_configurations():
+    torch.manual_seed(0)
+    generator = random.Random(1)
+    with torch.no_grad():
+        valid = sum(check_hostile_values(generator, build=number % 8 == 0) for number in range(10_000))
+    assert valid > 1500

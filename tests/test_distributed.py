@@ -106,6 +106,7 @@ def assert_same(actual: dict, expected: dict, tolerance: float = 1e-5) -> None:
         assert error <= tolerance, f"{name}: {error:.1e}"
 
 
+@pytest.mark.slow
 def test_more_processes_train_as_one_and_take_over_from_another_number(script):
     """20 steps of the same batches and masks; then the second half of a run of two processes in one and in four."""
     weights, expected = train(script, "one", 1)
@@ -123,6 +124,7 @@ def test_more_processes_train_as_one_and_take_over_from_another_number(script):
         assert_same(found, weights)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_launch_and_nothing_is_lost(script):
     saving = ("--save_strategy", "steps", "--save_steps", 5)
     expected, _ = train(script, "whole", 2, *saving)
@@ -309,6 +311,7 @@ def train_sharded(
     return load_file(folder / "model.safetensors"), json.loads((folder / "losses.json").read_text())
 
 
+@pytest.mark.slow
 def test_sharded_processes_train_as_one_and_take_over_from_another_number(tmp_path):
     """FSDP2: every parameter is a DTensor; its checkpoint of two processes is read by one and by four."""
     weights, expected = train_sharded(tmp_path / "one", 1)
@@ -324,6 +327,7 @@ def test_sharded_processes_train_as_one_and_take_over_from_another_number(tmp_pa
         assert_same(found, weights)
 
 
+@pytest.mark.slow
 def test_sharded_processes_in_bf16_sum_and_report_in_fp32(tmp_path):
     _, expected = train_sharded(tmp_path / "fp32", 2, steps=5)
     _, found = train_sharded(tmp_path / "bf16", 2, steps=5, precision="bf16")

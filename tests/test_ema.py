@@ -355,6 +355,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_processes_have_the_same_average_and_the_first_one_saves_it(tmp_path):
     script = tmp_path / "process.py"
     script.write_text(PROCESS)

@@ -15,6 +15,9 @@ from tests.oracle import tiny_config
 from tests.test_remote_code import CODE, PREAMBLE, PROCESSOR_CODE
 
 
+# Each starts processes that import everything anew.
+pytestmark = pytest.mark.slow
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REPO = "greenmim/swin-test"
 PUSH = """

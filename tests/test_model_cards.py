@@ -54,6 +54,7 @@ def test_cards_are_valid_and_honest(name):
         assert f"\n## {section}\n" in card.text
 
 
+@pytest.mark.slow
 def test_python_in_the_cards_runs(tmp_path):
     """All cards have the same code, but for the name of the model."""
     cards = {name: blocks((FOLDER / f"{name}.md").read_text(), "python") for name in NAMES}

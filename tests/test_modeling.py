@@ -350,6 +350,7 @@ def test_training_after_inference_mode():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_training_steps_equal_eager_ones():
     """The masks need other group sizes and numbers of groups: compiled code must serve all of them."""
     torch.manual_seed(0)
@@ -409,6 +410,7 @@ def test_plans_that_do_not_fit_are_refused(pretraining):
         pretraining(images(), plan=plan, output_hidden_states=True)
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_once_for_all_masks():
     """1,000 steps with fresh masks of static plans: one graph, no break, and the losses of the model as it is."""
     torch.manual_seed(0)
@@ -448,9 +450,14 @@ def test_a_step_on_a_device_waits_for_nothing(backbone_type, masks):
         loss.item()  # what waiting would look like
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("backbone_type", ["swin", "twins"])
-@pytest.mark.parametrize("model_class", [GreenMIMModel, GreenMIMForImageClassification, GreenMIMBackbone])
+@pytest.mark.parametrize(
+    ("model_class", "backbone_type", "backend"),
+    [
+        (GreenMIMModel, "twins", "eager"),
+        (GreenMIMForImageClassification, "swin", "aot_eager"),
+        (GreenMIMBackbone, "swin", "eager"),
+    ],
+)
 def test_dense_models_compile_without_a_break(model_class, backbone_type, backend):
     """A plan of everything is a constant of what is compiled; another size compiles anew."""
     torch.manual_seed(0)
@@ -458,15 +465,15 @@ def test_dense_models_compile_without_a_break(model_class, backbone_type, backen
     changes = {"depths": (2, 1), "num_heads": (1, 2), "image_size": 48, "window_size": 4}
     model = model_class(tiny_config(**changes, backbone_type=backbone_type)).eval()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    graphs = []
-    for size in ((48, 64), (48, 64), (64, 80), (40, 48), (48, 64)):
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for size in ((48, 64), (64, 80), (48, 64)):
         pixel_values = images(2, *size)
         expected, actual = model(pixel_values), compiled(pixel_values)
         for one, other in zip(actual.to_tuple(), expected.to_tuple()):
             pairs = [(one, other)] if isinstance(one, torch.Tensor) else zip(one, other)
             assert all(torch.allclose(*pair, atol=1e-5) for pair in pairs)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs[0] == graphs[1] and graphs[3] == graphs[4]
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def exported_models():
@@ -502,6 +509,7 @@ def test_torch_export_equals_eager(name):
             assert_close(one, other, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTS)
 def test_onnx_export_equals_eager(name, tmp_path):
     model, pixel_values = exported_models()[name], images(2, *EXPORTS[name][1])

@@ -3,8 +3,12 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from modeling_greenmim import (
     GreenMIMBackbone,
@@ -71,6 +75,7 @@ def test_every_model_takes_all_code_and_names_along(kind, tmp_path):
     assert not {"auto_map", "image_processor_type"} & set(processor)
 
 
+@pytest.mark.slow
 def test_loads_where_the_project_is_not_importable(tmp_path):
     model = save(GreenMIMForImageClassification, tmp_path / "model")
     code = """
@@ -107,6 +112,7 @@ model.save_pretrained(folder + "-again")
     assert again.strip() == "GreenMIMModel"
 
 
+@pytest.mark.slow
 def test_installed_and_imported_needs_no_trust(tmp_path):
     save(GreenMIMForImageClassification, tmp_path / "model")
     code = f"""
@@ -119,3 +125,59 @@ print(type(pipeline("image-classification", model={str(tmp_path / "model")!r}).m
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["modeling_greenmim.modeling_greenmim"] * 2
+
+
+# What the models import
+
+
+def needed_by(names: list[str]) -> set[str]:
+    """Names of the installed distributions that these require, and theirs, extras aside."""
+    found, left = set(), [canonicalize_name(name) for name in names]
+    while left:
+        name = left.pop()
+        if name in found:
+            continue
+        try:
+            requirements = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue  # of another platform
+        found.add(name)
+        for requirement in map(Requirement, requirements):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                left.append(canonicalize_name(requirement.name))
+    return found
+
+
+def test_models_import_nothing_beyond_torch_transformers_safetensors_and_numpy(tmp_path):
+    """In an interpreter with these and what they themselves require: no Pillow, accelerate, datasets and so on."""
+    allowed = needed_by(["torch", "transformers", "safetensors", "numpy"])
+    site = tmp_path / "site"
+    site.mkdir()
+    for name in allowed:
+        distribution = metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            if not (site / top).exists():
+                (site / top).symlink_to(distribution.locate_file(top))
+    for package in ("modeling_greenmim", "configuration_greenmim.py"):
+        (site / package).symlink_to(Path(__file__).parent.parent / package)
+    code = f"""
+import sys
+
+sys.path.append({str(site)!r})
+import torch
+from modeling_greenmim import *
+
+config = GreenMIMConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 1], mask_ratio=0.5)
+for model_class in (GreenMIMModel, GreenMIMForPreTraining, GreenMIMForImageClassification, GreenMIMBackbone):
+    model = model_class(config)
+    model.save_pretrained({str(tmp_path / "model")!r})
+    model_class.from_pretrained({str(tmp_path / "model")!r})(torch.rand(1, 3, 32, 32))
+try:
+    import PIL
+except ImportError:
+    print("no Pillow")
+"""
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "no Pillow"
+    assert "pillow" not in allowed and "accelerate" not in allowed

@@ -913,6 +913,7 @@ def test_evaluating_and_saving_do_not_change_the_run(pretrained, folders, tmp_pa
     assert len(logged(busy, "eval_loss")) == len(logged(busy, "eval_ema_loss")) == 3
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_equals_one_that_was_not(pretrained, folders, tmp_path):
     common = ["--model_name_or_path", pretrained, "--train_dir", folders / "train", "--do_train", "--max_steps", 18]
     common += [*RESUMED["everything"], "--gradient_accumulation_steps", 1]
@@ -939,6 +940,7 @@ for argv in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(pretrained, folders, tmp_path):
     data = ("--model_name_or_path", pretrained, *train_and_evaluate(folders), "--do_predict", "--max_steps", 5)
     plain = (*data, "--learning_rate", 0.01, "--random_erasing", 0, "--drop_path_rate", 0, "--balance", "false")

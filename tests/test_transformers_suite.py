@@ -32,6 +32,8 @@ from transformers_tests.test_configuration_common import ConfigTester  # noqa: E
 from transformers_tests.test_modeling_common import ModelTesterMixin  # noqa: E402
 
 
+pytestmark = pytest.mark.slow
+
 # What Transformers lists of its own models, which the tests go by.
 NAMES = {
     "MODEL_MAPPING_NAMES": "GreenMIMModel",
@@ -42,8 +44,6 @@ NAMES = {
 NOT_APPLICABLE = {
     "test_retain_grad_hidden_states_attentions": "hidden states and attention weights are handed out in raster order:"
     " copies of what the encoder works on",
-    "test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions": "sdpa keeps no attention weights, and"
-    " asking it for them is an error",
     "test_model_get_set_embeddings": "patches are embedded by a linear layer, not looked up",
 }
 

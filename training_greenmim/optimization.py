@@ -14,7 +14,7 @@ from modeling_greenmim.encoders import ENCODERS
 
 
 # Blocks of hierarchical models have a stage and a number, those of ViT a number alone.
-_HIERARCHICAL = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.(?:blocks\.(\d+)|(\w+))\.")
+_HIERARCHICAL = re.compile(r"(?:^|\.)encoder\.layers\.(\d+)\.(?:blocks\.(\d+)|(\w+))(?:\.|$)")
 _PLAIN = re.compile(r"(?:^|\.)vit\.layers\.(\d+)\.")
 # Model types whose layers are known, and where their configuration says how many blocks each stage has.
 _DEPTHS_OF = {

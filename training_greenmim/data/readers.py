@@ -7,7 +7,7 @@ A new source of data is a subclass of `Reader`, in a file of its own, and its li
 import hashlib
 import importlib.resources
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import datasets
@@ -49,6 +49,12 @@ class DataSource:
     test_dir: str | None = None
     streaming: bool = False
 
+    @classmethod
+    def of(cls, arguments) -> "DataSource":
+        """The source that a script's arguments name."""
+        names = [field.name for field in fields(cls) if hasattr(arguments, field.name)]
+        return cls(**{name: getattr(arguments, name) for name in names})
+
 
 @dataclass
 class Part:
@@ -86,7 +92,12 @@ class DatasetReader(Reader):
         return source.dataset_name is not None
 
     def read(self, source: DataSource, labelled: bool) -> dict[str, Part]:
-        found = datasets.load_dataset(source.dataset_name, source.dataset_config_name, streaming=source.streaming)
+        name, config_name = source.dataset_name, source.dataset_config_name
+        try:
+            found = datasets.load_dataset(name, config_name, streaming=source.streaming)
+        except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+            given = f" and `dataset_config_name` is {config_name!r}" if config_name else ""
+            raise ValueError(f"`dataset_name` is {name!r}{given}, which cannot be loaded: {error}") from error
         return {split: Part(records, "dataset_name") for split, records in found.items()}
 
 
@@ -129,7 +140,7 @@ def read_records(source: DataSource, labelled: bool = False, needs_train: bool =
         needs_train: whether there must be a part to train on.
 
     Raises:
-        `ValueError`: for folders that cannot be read, and when a part that is needed lacks.
+        `ValueError`: for folders and data sets that cannot be read, and when a part that is needed lacks.
     """
     parts = next(reader for reader in READERS if reader.is_named_by(source)).read(source, labelled)
     if needs_train and "train" not in parts:

@@ -14,24 +14,22 @@ def require(package: str, extra: str) -> ModuleType:
     """Imports a package that an extra installs.
 
     Args:
-        package: name that is imported, such as "kornia".
+        package: what is imported, such as "kornia" or "matplotlib.figure".
         extra: name of the extra, such as "augmentation".
 
     Raises:
         `MissingPackageError`: when it is not installed, with the command that installs it.
     """
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package.partition(".")[0]:
-            raise  # it is there, and something that it needs itself is not
+    name = package.partition(".")[0]
+    if not is_installed(name):
         raise MissingPackageError(
-            f"This run needs {error.name}, which is not installed: pip install 'greenmim-transformers[{extra}]'"
-        ) from None
+            f"This run needs {name}, which is not installed: pip install 'greenmim-transformers[{extra}]'"
+        )
+    return importlib.import_module(package)
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package can be imported."""
+    """Whether there is a package of this name."""
     try:
         return importlib.util.find_spec(package) is not None
     except ValueError:  # a module that was put into sys.modules by hand has no specification

@@ -76,19 +76,6 @@ def _is_full_disk(error: Exception) -> bool:
     )
 
 
-def load_named_dataset(name: str, config_name: str | None, streaming: bool = False) -> dict:
-    """The parts of a data set of the Hub or of a local folder.
-
-    Raises:
-        `ValueError`: when there is none, naming the arguments.
-    """
-    try:
-        return datasets.load_dataset(name, config_name, streaming=streaming)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-        given = f" and `dataset_config_name` is {config_name!r}" if config_name else ""
-        raise ValueError(f"`dataset_name` is {name!r}{given}, which cannot be loaded: {error}") from error
-
-
 def check_channels(channels: int) -> None:
     """Refuses models of other images than grey and RGB ones.
 

@@ -250,10 +250,15 @@ class ImageTrainer(CheckpointTrainer):
             drop_last=args.dataloader_drop_last,
         )
         if is_stream:
-            # Accelerate would read the whole stream in every process.
-            non_blocking = self.accelerator.dataloader_config.non_blocking
+            # By itself accelerate would read the whole stream in every process, or in the first one for all.
             return prepare_data_loader(
-                loader, args.device, num_processes=1, process_index=0, put_on_device=True, non_blocking=non_blocking
+                loader,
+                args.device,
+                num_processes=1,
+                process_index=0,
+                put_on_device=True,
+                dispatch_batches=False,
+                non_blocking=self.accelerator.dataloader_config.non_blocking,
             )
         loader = self.accelerator.prepare(loader)
         if len(loader) == 0:
