@@ -2,6 +2,7 @@
 """GreenMIM model configuration."""
 
 import math
+from collections.abc import Callable
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -26,7 +27,7 @@ def count_visible_units(num_units: int, mask_ratio: float) -> int:
     return int(num_units * (1 - mask_ratio) + 1e-6)
 
 
-# Read-only values that follow from the others. Files of other tools may carry some: they must agree.
+# Values that follow from the others. Files of other tools may carry some: they must agree.
 DERIVED = (
     *("encoder_stride", "hidden_size", "image_height_and_width", "num_hidden_layers"),
     *("stage_names", "stage_widths", "stage_windows", "unit_grid"),
@@ -38,6 +39,20 @@ TINY = 2.0**-126
 def _require(condition: bool, name: str, value, expected: str) -> None:
     if not condition:
         raise ValueError(f"`{name}` is {value!r}, but {expected}.")
+
+
+def _derived(compute: Callable) -> property:
+    """A property that follows from other values, and takes no value but its own.
+
+    Transformers' example scripts write the `encoder_stride` that they read, and files and keywords may name others.
+    """
+
+    def check(self, value) -> None:
+        derived = compute(self)
+        agrees = list(value) == list(derived) if isinstance(value, (list, tuple)) else value == derived
+        _require(agrees, compute.__name__, value, f"the other values give {derived}")
+
+    return property(compute, check)
 
 
 @strict
@@ -144,56 +159,46 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**{"auto_map": dict(AUTO_MAP), **kwargs})
         if given:
             self.validate()  # contradictions among the arguments come first: what follows from them is theirs
-            self._check_derived(given)
+            for name, value in given.items():
+                setattr(self, name, value)
 
-    def _check_derived(self, given: dict) -> None:
-        for name, value in given.items():
-            derived = getattr(self, name)
-            agrees = list(value) == list(derived) if isinstance(value, (list, tuple)) else value == derived
-            _require(agrees, name, value, f"the other values give {derived}")
-
-    @property
+    @_derived
     def stage_names(self) -> list[str]:
         """Names of the backbone's feature maps: the stem, then each stage."""
         return ["stem"] + [f"stage{index + 1}" for index in range(len(self.depths))]
 
-    @property
+    @_derived
     def num_hidden_layers(self) -> int:
         """Number of stages."""
         return len(self.depths)
 
-    @property
+    @_derived
     def stage_widths(self) -> tuple[int, ...]:
         """Channels of each stage: `embed_dim`, doubled from stage to stage."""
         return tuple(self.embed_dim * 2**stage for stage in range(len(self.depths)))
 
-    @property
+    @_derived
     def hidden_size(self) -> int:
         """Width of the last stage."""
         return self.stage_widths[-1]
 
-    @property
+    @_derived
     def encoder_stride(self) -> int:
         """Side of a mask unit in pixels."""
         return self.patch_size * 2 ** (len(self.depths) - 1)
 
-    @encoder_stride.setter
-    def encoder_stride(self, value: int) -> None:
-        # Transformers' example scripts write the value that they read; any other one would be a contradiction.
-        _require(value == self.encoder_stride, "encoder_stride", value, f"the other values give {self.encoder_stride}")
-
-    @property
+    @_derived
     def stage_windows(self) -> tuple[int, ...]:
         """Window of each stage: `window_size`, shrunk to the smaller side of the stage's grid at `image_size`."""
         smaller_side = min(self.image_height_and_width) // self.patch_size
         return tuple(min(self.window_size, smaller_side // 2**stage) for stage in range(len(self.depths)))
 
-    @property
+    @_derived
     def image_height_and_width(self) -> tuple[int, int]:
         """`image_size` as (height, width) in pixels."""
         return (self.image_size,) * 2 if isinstance(self.image_size, int) else tuple(self.image_size)
 
-    @property
+    @_derived
     def unit_grid(self) -> tuple[int, int]:
         """Rows and columns of mask units in an image of `image_size`."""
         height, width = self.image_height_and_width
