@@ -36,6 +36,7 @@ def test_energy_is_in_results_log_and_card(tmp_path, no_network):
     assert emissions["training_type"] == "pre-training" and emissions["geographical_location"] == "DEU"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_on(tmp_path):
     write_images(tmp_path / "data", 6)
     # The checkpoint lies between two logs.
@@ -51,6 +52,7 @@ def test_a_resumed_run_counts_on(tmp_path):
     assert results["images_per_joule"] * results["energy_kwh"] * 3.6e6 == pytest.approx(5 * 4, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_steps_that_were_not_measured_do_not_count(tmp_path):
     write_images(tmp_path / "data", 6)
     common = ("--train_dir", tmp_path / "data", "--do_train", "--max_steps", 6, "--logging_steps", 1)

@@ -328,6 +328,7 @@ def evaluated_together(barrier_of_start, names):
     return evaluated(names, logits_of(PREDICTIONS, 3), LABELS)
 
 
+@pytest.mark.slow
 def test_many_processes_fill_an_empty_cache(tmp_path):
     names = ["accuracy", "balanced_accuracy", "macro_f1", str(write_own_metric(tmp_path / "own"))]
     with multiprocessing.Manager() as manager, processes(tmp_path / "cache", 4) as pool:
