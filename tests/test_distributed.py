@@ -176,6 +176,7 @@ except NonFiniteLossError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_loss_that_breaks_in_one_process_stops_all_before_anything_is_saved(tmp_path):
     write_images(tmp_path / "data", 16)
     (tmp_path / "broken.py").write_text(ONE_BROKEN)
