@@ -5,6 +5,8 @@ import os
 
 # Read when torch is imported, by the processes that tests start too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test waits for the network; those of the Hub start a server of their own, and ask it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_ignore_collect(collection_path, config) -> bool | None:
