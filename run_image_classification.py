@@ -351,6 +351,8 @@ def run(
         use_neighbours(trainer, images["bank"], model_args.knn_k, model_args.knn_temperature)
     if args.do_train:
         train(trainer, checkpoint)
+    elif checkpoint:
+        trainer.load_state(checkpoint)
     if args.do_eval:
         evaluate(trainer)
     if args.do_predict:

@@ -161,6 +161,14 @@ def test_a_resumed_run_has_the_same_average_bit_for_bit(tmp_path):
     assert not torch.equal(resumed.model.head.bias, averages(whole)["head.bias"])
 
 
+def test_the_newest_checkpoint_is_the_newest_whole_one(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=2).train()
+    (tmp_path / "checkpoint-6" / "optimizer.pt").write_bytes(b"")
+    resumed = make_trainer(tmp_path, save_strategy="steps", save_steps=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.ema.checkpoint == str(tmp_path / "checkpoint-4") and resumed.ema.num_updates == 6
+
+
 def test_a_checkpoint_holds_names_of_the_model_and_the_number_of_updates(tmp_path):
     make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2).train()
     with safe_open(tmp_path / "checkpoint-2" / EMA_FILE, "pt") as file:

@@ -157,6 +157,14 @@ def test_one_line_says_what_is_found_and_what_is_left_out_and_why(tmp_path, capl
     assert not messages(caplog), "no warning"
 
 
+def test_pipes_are_left_out_since_reading_them_would_never_end(tmp_path, caplog):
+    write_images(tmp_path, 1)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to(tmp_path / "pipe.png")
+    line = log_of(caplog, tmp_path)
+    assert line.endswith(": 1 image found; 2 files left out (pipes, sockets or devices): 2 .png.")
+
+
 def test_suffixes_are_those_that_this_pillow_decodes(monkeypatch):
     assert {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif"} <= image_suffixes()
     assert not {".heic", ".npy", ".txt", ".pdf", ".mpg", ".h5"} & image_suffixes()

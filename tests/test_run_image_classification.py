@@ -900,6 +900,17 @@ def test_resumed_run_equals_one_that_was_not_stopped(pretrained, folders, tmp_pa
     assert logged(whole, "loss") == logged(resumed, "loss") and len(logged(whole, "loss")) == 8
 
 
+@pytest.mark.parametrize("mode", ["finetune", "linear"])
+def test_evaluating_a_checkpoint_alone_tells_its_epoch(pretrained, folders, tmp_path, mode):
+    common = ["--model_name_or_path", pretrained, "--train_dir", folders / "train", "--mode", mode, "--do_eval"]
+    common += ["--validation_dir", folders / "held-out"]
+    whole = classify(tmp_path, *common, "--do_train", "--max_steps", 2, "--save_strategy", "steps", "--save_steps", 2)
+    before = results_of(whole)
+    after = results_of(classify(tmp_path, *common, "--resume_from_checkpoint", "true"))
+    assert before["epoch"] == after["epoch"] > 0
+    assert before["eval_loss"] == pytest.approx(after["eval_loss"], rel=1e-6)
+
+
 def test_evaluating_and_saving_do_not_change_the_run(pretrained, folders, tmp_path):
     folder = ("--train_dir", folders / "train", "--validation_dir", folders / "held-out")
     common = ("--model_name_or_path", pretrained, *folder, "--do_train", "--max_steps", 6, "--ema_decay", 0.9)

@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+
+from ..runs.checkpoints import last_checkpoint
+from ..runs.processes import on_main_process
 
 
 EMA_FILE = "ema.safetensors"
@@ -184,7 +186,8 @@ class EMATrainerMixin:
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Trains; a resumed run goes on with the average of its checkpoint."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+            # The one that the weights come from: the newest may be damaged.
+            resume_from_checkpoint = on_main_process(self.args, lambda: last_checkpoint(self.args.output_dir)) or True
         if self.ema is not None:
             self.ema.checkpoint = resume_from_checkpoint or None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

@@ -15,11 +15,12 @@ UNDECODABLE_FORMATS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 # Formats that Pillow decodes only if it was built so, and what it calls that.
 OPTIONAL_FORMATS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 
-UNKNOWN, HIDDEN, AGAIN, BROKEN = (
+UNKNOWN, HIDDEN, AGAIN, BROKEN, SPECIAL = (
     "no image format that this Pillow reads",
     "hidden",
     "other names of files that are there already",
     "links that lead nowhere",
+    "pipes, sockets or devices",
 )
 
 
@@ -109,6 +110,8 @@ class _Search:
                 (self._folder_links if is_folder else self._file_links).append(entry.path)
             elif is_folder:
                 self._folders.append(entry.path)
+            elif not entry.is_file():
+                self.left_out[SPECIAL][_suffix(entry.name)] += 1  # opening a pipe would wait for ever
             else:
                 self._add(entry.path, entry.inode())
 
@@ -129,7 +132,7 @@ class _Search:
         if suffix not in self._suffixes:
             self.left_out[UNKNOWN][suffix] += 1
         elif not os.path.isfile(real):
-            self.left_out[BROKEN][suffix] += 1
+            self.left_out[SPECIAL if os.path.exists(real) else BROKEN][suffix] += 1
         elif is_found or real in linked:
             self.left_out[AGAIN][suffix] += 1
         else:

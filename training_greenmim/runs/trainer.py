@@ -218,6 +218,10 @@ class ImageTrainer(CheckpointTrainer):
         """
         on_main_process(self.args, lambda: check_same_model(folder, self))
         self.model.load_state_dict(dict(saved_weights(folder, "model*")))
+        self.load_state(folder)
+
+    def load_state(self, folder: str) -> None:
+        """Gives the trainer the state of a checkpoint, so that results tell the epoch that they belong to."""
         self.state = TrainerState.load_from_json(str(Path(folder, "trainer_state.json")))
 
     def measured_energy(self) -> dict[str, float]:
