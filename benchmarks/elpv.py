@@ -107,7 +107,7 @@ def table(methods: dict[str, dict[str, Callable[[int], dict]]], seeds: list[int]
 
 
 def runs_of(
-    root: Path, name: str, flags_for: Callable[[str], list], kinds: tuple[str, ...] = tuple(LABELS)
+    root: Path, name: str, flags_for: Callable[[str], list], of_labels: tuple[str, ...] = tuple(LABELS)
 ) -> dict[str, Callable[[int], dict]]:
     """For each of some `LABELS` a function of the seed: the run of a method with the flags for these labels."""
 
@@ -115,7 +115,7 @@ def runs_of(
         folder = root / f"{name}-{'all' if not LABELS[labels] else 'few'}-seed{seed}"
         return classify(folder, "--seed", seed, *LABELS[labels], *flags_for(labels))
 
-    return {labels: lambda seed, labels=labels: run(labels, seed) for labels in kinds}
+    return {labels: lambda seed, labels=labels: run(labels, seed) for labels in of_labels}
 
 
 def training(flags: list[str], *start) -> Callable[[str], list]:
@@ -131,13 +131,13 @@ def quick_start(args) -> tuple[int, int, int]:
 
 
 def fine_tuned(
-    args, start: Path, kinds: tuple[str, ...] = tuple(LABELS), flags: list[str] = GENTLE_TRAINING
+    args, start: Path, of_labels: tuple[str, ...] = tuple(LABELS), flags: list[str] = GENTLE_TRAINING
 ) -> dict[str, Callable[[int], dict]]:
     """Runs of fine-tuning a checkpoint; studies share those of the checkpoint of `make pretrain`."""
     name = "finetuned" if start == args.pretrained else f"finetuned-{start.name}"
     if flags is TRAINING:
         name += "-plain"
-    return runs_of(args.output_dir, name, training(flags, "--model_name_or_path", start), kinds)
+    return runs_of(args.output_dir, name, training(flags, "--model_name_or_path", start), of_labels)
 
 
 def methods(args) -> tuple[str, str]:
@@ -174,10 +174,10 @@ def pretrain(model, steps: int, folder: Path) -> Path:
     """Pre-trains with the data, optimizer and schedule of `make pretrain` for so many steps."""
     if (folder / "model.safetensors").exists():
         return folder
-    kinds = (run_mim.ModelArguments, run_mim.DataArguments, MIMTrainingArguments)
+    dataclass_types = (run_mim.ModelArguments, run_mim.DataArguments, MIMTrainingArguments)
     argv = [PRETRAINING, "--output_dir", str(folder), "--max_steps", str(steps), "--eval_strategy", "no"]
     argv += ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "true"]
-    _, data_args, args = parse_arguments(kinds, argv)
+    _, data_args, args = parse_arguments(dataclass_types, argv)
     images, test_images, _, _ = run_mim.load_data(data_args, args)
     size, channels = (model.config.image_size,) * 2, model.config.num_channels
     transform = TrainTransform(size, channels, (data_args.min_crop_scale, 1.0))
@@ -323,8 +323,8 @@ def peers(args) -> tuple[str, str]:
             folder = pretrain(model, steps_of[name], args.output_dir / f"pretrained-{name.split()[0].lower()}")
         if isinstance(model, ViTMAEForPreTraining):
             folder = classifier_from_mae(folder, args.output_dir / "pretrained-mae-vit")
-        for kind, flags in (("rates by layer", GENTLE_TRAINING), ("one rate", TRAINING)):
-            rows[f"{name}, {kind}"] = fine_tuned(args, folder, FEW, flags)
+        for rates, flags in (("rates by layer", GENTLE_TRAINING), ("one rate", TRAINING)):
+            rows[f"{name}, {rates}"] = fine_tuned(args, folder, FEW, flags)
     text = (
         f"Pre-trained for the time of {steps:,} steps of GreenMIM with {batch_size} images, by steps timed in"
         " turns in one process; same photographs, crops, optimizer and learning rate. "

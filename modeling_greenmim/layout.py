@@ -124,7 +124,7 @@ def move_tokens(tokens: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor
     Args:
         tokens: `(batch, length, channels)`.
         index: `(1 or batch, count)` as `take_tokens` has it.
-        inverse: `(1 or batch, length)`, where in the result each token stands. Places of the result that are not
+        inverse: `(1 or batch, length)`, where in the result each token stands. Rows of the result that are not
             named there must have no gradient.
     """
     return _MoveTokens.apply(tokens, index, inverse)

@@ -41,8 +41,8 @@ def export_model(folder: str, target: str, output: str) -> float:
         raise CheckpointError(f"`output` is {output!r}; {target} needs a {needed}.")
     model = load_model(folder)
     encoder = model.config.backbone_type
-    if encoder not in FORMATS[target].ENCODERS:
-        others = " or ".join(name for name in WRITABLE if encoder in FORMATS[name].ENCODERS)
+    if encoder not in FORMATS[target].BACKBONE_TYPES:
+        others = " or ".join(name for name in WRITABLE if encoder in FORMATS[name].BACKBONE_TYPES)
         raise CheckpointError(
             f"`model` {folder!r} is a {encoder.capitalize()}, which {target} cannot express; export it to {others}."
         )

@@ -31,7 +31,7 @@ def infer_config(checkpoint: Checkpoint, **values) -> tuple[GreenMIMConfig, dict
     encoder = told.get("backbone_type", "swin")
     try:
         shape = _infer_shape(weights)
-        attention, assumed = ENCODERS[encoder](weights, shape)
+        attention, assumed = ATTENTION_INFERENCE[encoder](weights, shape)
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"The checkpoint is not whole: {error} is missing or has a strange shape.") from error
     inferred = {**shape, **attention}
@@ -77,7 +77,7 @@ def _infer_twins(weights: dict[str, torch.Tensor], shape: dict) -> tuple[dict, d
 
 
 # By `backbone_type`: function of weights and `_infer_shape` -> values that weights tell, values that are assumed.
-ENCODERS = {"swin": _infer_swin, "twins": _infer_twins}
+ATTENTION_INFERENCE = {"swin": _infer_swin, "twins": _infer_twins}
 
 
 def _infer_decoder(weights: dict[str, torch.Tensor]) -> dict:

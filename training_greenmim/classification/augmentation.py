@@ -214,14 +214,14 @@ class RandAugment(AugmentationBase2D):
         for number, operation in enumerate(INTENSITY.values()):
             rows = (operations == number).nonzero()[:, 0]
             if len(rows):
-                place = rows.to(images.device)
-                output[place] = _round(operation(images[place], levels[rows].to(images)))
+                index = rows.to(images.device)
+                output[index] = _round(operation(images[index], levels[rows].to(images)))
         rows = (operations >= len(INTENSITY)).nonzero()[:, 0]
         if len(rows):
             aspect = images.shape[3] / images.shape[2]
             matrices = [_affine(OPERATIONS[operations[row]], levels[row], aspect) for row in rows]
-            place = rows.to(images.device)
-            output[place] = _round(_warp(images[place], torch.stack(matrices).to(images), self.fill.to(images)))
+            index = rows.to(images.device)
+            output[index] = _round(_warp(images[index], torch.stack(matrices).to(images), self.fill.to(images)))
         return output
 
 

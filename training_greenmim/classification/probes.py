@@ -41,7 +41,7 @@ def first_stages(model: GreenMIMForImageClassification, num_stages: int) -> Gree
     for name in ("out_features", "out_indices", "stage_names"):
         values.pop(name, None)
     # A new model, not the old one's modules: its mask unit is smaller, and so the order of its tokens is another.
-    shortened = GreenMIMForImageClassification._from_config(
+    shortened = AutoModelForImageClassification.from_config(
         GreenMIMConfig(**values), attn_implementation=config._attn_implementation
     )
     own = shortened.state_dict()

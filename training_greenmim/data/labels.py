@@ -163,7 +163,7 @@ def prepare(
 
     Args:
         argument: where the records come from, for messages.
-        image_column, label_column: names of the columns; None = the only ones of their kind.
+        image_column, label_column: names of the columns; None = the only ones of their type.
         may_lack_labels: without a single label there is no column `label` then, as in test parts that are kept secret.
 
     Raises:

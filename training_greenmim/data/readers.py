@@ -14,7 +14,6 @@ import datasets
 import numpy as np
 from datasets import ClassLabel
 from datasets import Image as ImageFeature
-from transformers.utils import logging
 
 from ..compat import datasets_cache_folder, datasets_fingerprint
 from ..randomness import SHUFFLE, derived_generator
@@ -23,8 +22,6 @@ from .folders import find_images
 from .images import UnreadableImageError, decode, is_address, load_image
 from .transforms import EvalTransform
 
-
-logger = logging.get_logger(__name__)
 
 # What the label column of every data set is called, and renamed to.
 LABEL = "label"
@@ -70,10 +67,10 @@ class Part:
 
 
 class Reader:
-    """A kind of source. Subclasses say which sources are theirs, and read them."""
+    """Reads one type of source. Subclasses say which sources are theirs, and read them."""
 
     def is_named_by(self, source: DataSource) -> bool:
-        """Whether a source is of this kind."""
+        """Whether a source is of this type."""
         raise NotImplementedError
 
     def read(self, source: DataSource, labelled: bool) -> dict[str, Part]:

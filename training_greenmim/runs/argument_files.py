@@ -102,8 +102,8 @@ def _read_mapping(path: str) -> dict:
 def describe_yaml_error(error: yaml.YAMLError) -> str:
     """What is wrong with YAML, and where, in one line."""
     mark = getattr(error, "problem_mark", None)
-    place = f"line {mark.line + 1}: " if mark is not None else ""
-    return place + (getattr(error, "problem", None) or str(error).splitlines()[0])
+    line = f"line {mark.line + 1}: " if mark is not None else ""
+    return line + (getattr(error, "problem", None) or str(error).splitlines()[0])
 
 
 def _converted(path: str, name: str, value: Any, hint: Any) -> Any:

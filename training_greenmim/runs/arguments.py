@@ -386,7 +386,7 @@ class ScriptArgumentParser(HfArgumentParser):
     def __init__(self, dataclass_types: tuple[type, ...]):
         trainers = {one.name for one in fields(TrainingArguments)}
         # What we declare again has another default or meaning.
-        ours = {name for kind in dataclass_types if issubclass(kind, TrainingArguments) for name in _declared(kind)}
+        ours = {name for one in dataclass_types if issubclass(one, TrainingArguments) for name in _declared(one)}
         self._title_of = dict.fromkeys(trainers - ours, "other arguments of Transformers' Trainer")
         self._title_of |= dict.fromkeys(ours, "training") | dict.fromkeys(_COMMON, "run")
         self._group_of: dict[str, argparse._ArgumentGroup] = {}

@@ -82,7 +82,7 @@ CLASSIFIER = (
 
 # {title}
 
-An image classifier ({kind}) of {num_labels} classes: {classes}.
+An image classifier ({class_name}) of {num_labels} classes: {classes}.
 
 ## Use
 
@@ -260,7 +260,7 @@ def write_classifier_card(trainer, facts: RunFacts) -> None:
         {"pipeline_tag": "image-classification", "tags": [config.model_type]},
         recipe=_table(_classification_recipe(trainer)),
         pictures=pictures,
-        kind=type(trainer.model).__name__,
+        class_name=type(trainer.model).__name__,
         num_labels=len(names),
         classes=", ".join(names[:20]) + (", ..." if len(names) > 20 else ""),
     )

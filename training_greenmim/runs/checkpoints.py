@@ -100,23 +100,23 @@ def remove_unfinished(output_dir: str) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def rotate(output_dir: str, limit: int | None, newest: int, best: str | None) -> None:
-    """Deletes all but `limit` checkpoints: the oldest first, never the newest nor the best.
+def rotate(output_dir: str, count: int | None, newest: int, best: str | None) -> None:
+    """Deletes all but `count` checkpoints: the oldest first, never the newest nor the best.
 
     Those of later steps than the newest are of a future that a resumed run has left, such as damaged ones: they go
     before all others.
 
     Args:
-        limit: how many stay; None or 0 = all.
+        count: how many stay; None or 0 = all.
         newest: step of the checkpoint that was saved last.
         best: folder of the best checkpoint, if there is one.
     """
-    if not limit or limit < 0:
+    if not count or count < 0:
         return
     folders = _checkpoints(output_dir)
     kept = {newest, *(step for step, folder in folders.items() if best and folder == Path(best))}
     order = sorted(folders.keys() - kept, key=lambda step: (step < newest, step))
-    for step in order[: max(0, len(folders) - max(limit, len(kept)))]:
+    for step in order[: max(0, len(folders) - max(count, len(kept)))]:
         shutil.rmtree(folders[step], ignore_errors=True)
 
 

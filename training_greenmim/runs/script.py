@@ -1,5 +1,5 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""What the scripts share: how errors are shown, data sets by name, and the end of a run."""
+"""What the scripts share: how errors are shown, checks, training, evaluation and the end of a run."""
 
 import errno
 import logging

@@ -2,7 +2,7 @@
 """The registry of formats. A format is a module, one file here, with
 
 - `NAME`: what `--to` and a `Checkpoint` call it, `TITLE`: what model cards call it,
-- `ENCODERS`: the values of `backbone_type` that it can express,
+- `BACKBONE_TYPES`: the values of `backbone_type` that it can express,
 - `OUTPUT`: what `write` makes, "file" or "folder"; None if it is only read,
 - `matches(source)`: whether a `Source` is of this format,
 - `read(source)`: the `Checkpoint` of a `Source` that matches,

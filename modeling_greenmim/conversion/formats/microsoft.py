@@ -20,7 +20,7 @@ from ..writing import save_weights, tokens_with_epsilon
 
 
 NAME, TITLE = "microsoft-swin", "Microsoft's Swin"
-ENCODERS, OUTPUT = ("swin",), "file"
+BACKBONE_TYPES, OUTPUT = ("swin",), "file"
 EPSILON = 1e-5  # torch's own
 PROJECTION = "patch_embed.proj.weight"
 # What models compute anew.

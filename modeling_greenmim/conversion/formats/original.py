@@ -23,7 +23,7 @@ from . import microsoft, twins
 
 
 NAME, TITLE = "original", "official GreenMIM"
-ENCODERS, OUTPUT = ("swin", "twins"), "file"
+BACKBONE_TYPES, OUTPUT = ("swin", "twins"), "file"
 EPSILON = 1e-6
 # Merging order by the ending of `args.model`: the first (sic) is of 2022, the second of 2023.
 ORDERS = {"dec5121b1": "row", "dec512b1": "column"}

@@ -11,7 +11,7 @@ from . import microsoft
 
 
 NAME, TITLE = "simmim", "SimMIM"
-ENCODERS, OUTPUT = ("swin",), None
+BACKBONE_TYPES, OUTPUT = ("swin",), None
 LEFT_OUT = re.compile(r"^(encoder\.mask_token$|decoder\.)")
 
 

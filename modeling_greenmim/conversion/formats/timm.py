@@ -14,7 +14,7 @@ from . import microsoft, twins
 
 
 NAME, TITLE = "timm", "timm"
-ENCODERS, OUTPUT = ("swin", "twins"), "file"
+BACKBONE_TYPES, OUTPUT = ("swin", "twins"), "file"
 
 
 def matches(source: Source) -> bool:

@@ -25,7 +25,7 @@ from ..reading import clear_errors, load_whole
 
 
 NAME, TITLE = "transformers-swin", "Transformers' Swin"
-ENCODERS, OUTPUT = ("swin",), "folder"
+BACKBONE_TYPES, OUTPUT = ("swin",), "folder"
 CLASSES = {cls.__name__: cls for cls in (SwinModel, SwinForImageClassification, SwinForMaskedImageModeling)}
 # Pairs of names, ours first; queries, keys and values are apart there.
 NAMES = [

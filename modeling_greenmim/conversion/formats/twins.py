@@ -20,7 +20,7 @@ from . import microsoft
 
 
 NAME, TITLE = "twins", "Twins"
-ENCODERS, OUTPUT = ("twins",), "file"
+BACKBONE_TYPES, OUTPUT = ("twins",), "file"
 PROJECTION = "patch_embeds.0.proj.weight"
 # In blocks and at the end; patch embedding, merging and keys have torch's own.
 EPSILON = 1e-6
