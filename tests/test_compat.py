@@ -115,6 +115,13 @@ def test_arguments_of_any_model_are_listed():
     )
 
 
+def test_trainer_still_has_what_ours_calls_by_name():
+    assert hasattr(Trainer, "_prepare_inputs"), "Trainer moves batches by another method: CheckpointTrainer.on_device"
+    assert hasattr(Trainer, "_push_from_checkpoint"), "Trainer pushes otherwise: CheckpointTrainer.push_checkpoint"
+    parameters = inspect.signature(Trainer.save_model).parameters
+    assert "_internal_call" in parameters, "Trainer.save_model tells checkpoints from models in another way"
+
+
 def test_trainers_checkpoints_hold_the_files_that_ours_do(tmp_path):
     changes = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     trainer = make_trainer(tmp_path / "run", **changes)

@@ -42,6 +42,9 @@ def make_next_training_create_a_scheduler(trainer: Trainer) -> None:
 class CheckpointTrainer(Trainer):
     """`Trainer` that leaves to a method of its own, `save_checkpoint`, where and when a checkpoint is written.
 
+    Subclasses call its private methods through this class; `_internal_call` of `save_model` is Trainer's own word for
+    a model that is part of a checkpoint.
+
     `Trainer._save_checkpoint` writes into the final folder, pushes it and deletes older ones, all in one method.
     """
 
@@ -72,6 +75,10 @@ class CheckpointTrainer(Trainer):
             states[name].append(part.state())
         else:
             states[name] = part.state()
+
+    def on_device(self, inputs: dict) -> dict:
+        """A batch of the data loader on the device of the model, in its precision where DeepSpeed asks for that."""
+        return self._prepare_inputs(inputs)
 
     def push_checkpoint(self, folder: str) -> None:
         """Sends a checkpoint to the Hub as `hub_strategy` says; called in all processes."""

@@ -121,7 +121,7 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """No loss, but logits, which images were readable, and labels of an evaluation batch."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.on_device(inputs)
         self.report_unreadable(inputs["unreadable"])
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(pixel_values=self.normalize(inputs["pixel_values"])).logits.float()
