@@ -41,6 +41,7 @@ import json, os, sys
 from pathlib import Path
 import run_mim
 from training_greenmim.pretraining import trainer as pretraining
+from training_greenmim.runs.processes import leave_processes
 
 class SharedMask(pretraining.MaskedCollator):
     def generator(self, sample_key):
@@ -61,6 +62,7 @@ folder = Path(sys.argv[1])
 folder.mkdir(exist_ok=True)
 (folder / f"pid-{{os.environ.get('RANK', 0)}}").write_text(str(os.getpid()))
 run_mim.main(sys.argv[2:])
+leave_processes()
 """
 
 
@@ -153,6 +155,7 @@ def test_a_killed_process_ends_the_launch_and_nothing_is_lost(script):
 ONE_BROKEN = """
 import os, sys
 import run_mim
+from training_greenmim.runs.processes import leave_processes
 from training_greenmim.runs.trainer import NonFiniteLossError
 
 class OneBroken(run_mim.MIMTrainer):
@@ -173,6 +176,7 @@ try:
 except NonFiniteLossError as error:
     with open(f"{sys.argv[1]}-{os.environ['RANK']}", "w") as file:
         file.write(str(error))
+leave_processes()
 """
 
 

@@ -945,9 +945,11 @@ def test_killed_and_resumed_run_equals_one_that_was_not(pretrained, folders, tmp
 TWO_RUNS = """
 import json, sys
 import run_image_classification
+from training_greenmim.runs.processes import leave_processes
 
 for argv in json.loads(sys.argv[1]):
     run_image_classification.main(argv)
+leave_processes()
 """
 
 

@@ -634,6 +634,7 @@ import json, sys
 from pathlib import Path
 import run_mim
 from training_greenmim.pretraining.trainer import MIMTrainer
+from training_greenmim.runs.processes import leave_processes
 
 class Recording(MIMTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -648,6 +649,7 @@ class Recording(MIMTrainer):
 
 run_mim.MIMTrainer = Recording
 run_mim.main(sys.argv[2:])
+leave_processes()
 """
 
 

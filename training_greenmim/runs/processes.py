@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
@@ -24,3 +25,12 @@ def on_main_process(args: TrainingArguments, look: Callable[[], Answer]) -> Answ
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def leave_processes() -> None:
+    """Takes leave of the other processes at the end of a script: a process that just ends is aborted now and then.
+
+    Its connections have threads, which must not be running when it ends.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from .extras import MissingPackageError
+from .processes import leave_processes
 from .trainer import ImageTrainer, NonFiniteLossError
 
 
@@ -40,6 +41,7 @@ def run_script(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        leave_processes()
     except Exception as error:
         message = expected_message(error)
         if message is None or "--debug" in sys.argv:
