@@ -108,7 +108,8 @@ def test_files_of_equal_inode_on_other_disks_are_other_files(tmp_path, monkeypat
 
     class Entry:
         def __init__(self, entry):
-            self.name, self.path, self.is_dir, self.is_symlink = entry.name, entry.path, entry.is_dir, entry.is_symlink
+            self.name, self.path, self.is_symlink = entry.name, entry.path, entry.is_symlink
+            self.is_dir, self.is_file = entry.is_dir, entry.is_file
 
         def inode(self):
             return 7  # as some file systems of the network say of all files
