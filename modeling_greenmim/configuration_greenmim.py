@@ -2,7 +2,7 @@
 """GreenMIM model configuration."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -39,6 +39,11 @@ TINY = 2.0**-126
 def _require(condition: bool, name: str, value, expected: str) -> None:
     if not condition:
         raise ValueError(f"`{name}` is {value!r}, but {expected}.")
+
+
+def _require_name(config, field: str, names: Iterable[str]) -> None:
+    known = ", ".join(f'"{name}"' for name in names)
+    _require(getattr(config, field) in names, field, getattr(config, field), f"it must be one of {known}")
 
 
 def _derived(compute: Callable) -> property:
@@ -89,8 +94,19 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         mask_ratio (`float`, *optional*, defaults to 0.75): Share of the mask units that pre-training hides.
         reconstruction_target (`str`, *optional*, defaults to `"pixels"`):
             What pre-training predicts of each mask unit, a name of `targets.TARGETS`.
+        target_width (`int`, *optional*): Values of each unit where `reconstruction_target` is `"features"`.
+        target_loss (`str`, *optional*, defaults to `"mse"`):
+            Error of predictions, a name of `losses.TARGET_LOSSES`: `"mse"`, `"smooth_l1"` or `"cosine"`.
+        loss_on (`str`, *optional*, defaults to `"masked"`):
+            Units whose error counts: `"masked"` or `"all"`. A linear decoder's is that of visible ones.
+        pooled_loss_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the same error between the means of predictions and of targets over an image's units.
         norm_pix_loss (`bool`, *optional*, defaults to `True`):
             Whether target pixels are normalised by their unit's own mean and variance.
+        decoder_type (`str`, *optional*, defaults to `"transformer"`):
+            A name of `decoder.DECODERS`: `"transformer"`, `"prompting"` (visible units stay as they are), or
+            `"linear"`, for features only: visible units are predicted from the last three stages, and `mask_ratio` may
+            be 0.
         decoder_hidden_size (`int`, *optional*, defaults to 512): Width of the decoder, divisible by 4.
         decoder_num_hidden_layers (`int`, *optional*, defaults to 1): Number of decoder blocks.
         decoder_num_attention_heads (`int`, *optional*, defaults to 16): Number of attention heads of the decoder.
@@ -139,7 +155,12 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
     layer_norm_eps: float | int = 1e-6
     mask_ratio: float | int = 0.75
     reconstruction_target: str = "pixels"
+    target_width: int | None = None
+    target_loss: str = "mse"
+    loss_on: str = "masked"
+    pooled_loss_weight: float | int = 0.0
     norm_pix_loss: bool = True
+    decoder_type: str = "transformer"
     decoder_hidden_size: int = 512
     decoder_num_hidden_layers: int = 1
     decoder_num_attention_heads: int = 16
@@ -208,14 +229,14 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         """Refuses values that contradict one another (part of the validation of `strict` configurations)."""
         self._validate_encoder()
         self._validate_image_and_mask()
+        self._validate_target()
         self._validate_decoder()
 
     def _validate_encoder(self):
         # Here, for encoders and targets import this file.
         from .encoders import ENCODERS
 
-        known = ", ".join(f'"{name}"' for name in ENCODERS)
-        _require(self.backbone_type in ENCODERS, "backbone_type", self.backbone_type, f"it must be one of {known}")
+        _require_name(self, "backbone_type", ENCODERS)
         _require(len(self.depths) > 0, "depths", self.depths, "at least one stage is needed")
         same_length = f"it needs one entry per stage as `depths` ({self.depths}) has"
         _require(len(self.num_heads) == len(self.depths), "num_heads", self.num_heads, same_length)
@@ -252,13 +273,36 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         num_visible = count_visible_units(num_units, self.mask_ratio)
         expected = f"of {num_units} units it leaves {num_visible} visible; at least one must be visible and one masked"
         # An image of a single unit can be classified but not masked; masking it is refused when it is tried.
-        _require(num_units == 1 or 0 < num_visible < num_units, "mask_ratio", self.mask_ratio, expected)
+        fits = (
+            num_units == 1 or 0 < num_visible < num_units or (self.mask_ratio == 0 and self.decoder_type == "linear")
+        )
+        _require(fits, "mask_ratio", self.mask_ratio, expected)
 
-    def _validate_decoder(self):
+    def _validate_target(self):
+        from .losses import TARGET_LOSSES
         from .targets import TARGETS
 
-        name, known = self.reconstruction_target, ", ".join(f'"{name}"' for name in TARGETS)
-        _require(name in TARGETS, "reconstruction_target", name, f"it must be one of {known}")
+        _require_name(self, "reconstruction_target", TARGETS)
+        _require_name(self, "target_loss", TARGET_LOSSES)
+        _require_name(self, "loss_on", ("masked", "all"))
+        needs_width = self.reconstruction_target == "features"
+        width, weight = self.target_width, self.pooled_loss_weight
+        expected = "features need their width" if needs_width else "other targets than features have their own width"
+        _require((width is not None) == needs_width, "target_width", width, expected)
+        _require(width is None or width > 0, "target_width", width, "it must be positive")
+        _require(0 <= weight < math.inf, "pooled_loss_weight", weight, "it must be 0 or more, and finite")
+
+    def _validate_decoder(self):
+        from .decoder import DECODERS
+
+        _require_name(self, "decoder_type", DECODERS)
+        of_visible = DECODERS[self.decoder_type].predicts_visible_only
+        _require(
+            not of_visible or self.reconstruction_target == "features",
+            "decoder_type",
+            self.decoder_type,
+            "it predicts visible units, so `reconstruction_target` must be 'features'",
+        )
         width, heads = self.decoder_hidden_size, self.decoder_num_attention_heads
         _require(width > 0 and width % 4 == 0, "decoder_hidden_size", width, "it must be a positive multiple of 4")
         _require(

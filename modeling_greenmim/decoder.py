@@ -1,5 +1,5 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Decoder and reconstruction loss (paper, section 3.3; Masked Autoencoders, https://huggingface.co/papers/2111.06377)."""
+"""Decoders, by name (paper, section 3.3; Masked Autoencoders, https://huggingface.co/papers/2111.06377)."""
 
 import torch
 from torch import nn
@@ -9,6 +9,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import attend
 from .blocks import GreenMIMMLP
 from .configuration_greenmim import GreenMIMConfig
+from .masking import unit_mask
+
+
+# Stages that the linear decoder reads, the last ones: of four all but the first, whose features are of edges.
+FUSED_STAGES = 3
 
 
 def sincos_positions(grid: tuple[int, int], width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -73,6 +78,8 @@ class GreenMIMDecoder(nn.Module):
         output_width: values to predict of each unit.
     """
 
+    predicts_visible_only = False
+
     def __init__(self, config: GreenMIMConfig, output_width: int):
         super().__init__()
         self.config = config
@@ -89,13 +96,20 @@ class GreenMIMDecoder(nn.Module):
         """Draws the mask token from a normal distribution."""
         init.normal_(self.mask_token, std=self.config.initializer_range)
 
-    def forward(self, latents: torch.Tensor, visible_units: torch.Tensor, unit_grid: tuple[int, int]) -> torch.Tensor:
+    def forward(
+        self,
+        latents: torch.Tensor,
+        visible_units: torch.Tensor,
+        unit_grid: tuple[int, int],
+        stage_tokens: tuple[torch.Tensor, ...] | None = None,
+    ) -> torch.Tensor:
         """Decodes.
 
         Args:
             latents: `(batch, num_visible, hidden_size)`.
             visible_units: `(1 or batch, num_visible)`, the unit of each latent.
             unit_grid: rows and columns of units.
+            stage_tokens: not used.
 
         Returns:
             `(batch, num_units, output_width)`.
@@ -106,17 +120,75 @@ class GreenMIMDecoder(nn.Module):
         hidden_states = hidden_states.scatter(1, visible_units[:, :, None].expand_as(latents), latents)
         hidden_states = hidden_states + sincos_positions(unit_grid, width, latents.device, latents.dtype)
         for layer in self.decoder_layers:
-            hidden_states = layer(hidden_states)
+            hidden_states = self.update(layer, hidden_states, visible_units)
         return self.decoder_pred(self.decoder_norm(hidden_states))
 
+    def update(self, layer: nn.Module, hidden_states: torch.Tensor, visible_units: torch.Tensor) -> torch.Tensor:
+        """`(batch, num_units, width)` -> the same after a block."""
+        return layer(hidden_states)
 
-def reconstruction_loss(predictions: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean squared error per unit, averaged over masked units, in at least single precision.
+
+class GreenMIMPromptingDecoder(GreenMIMDecoder):
+    """MILAN's decoder (https://huggingface.co/papers/2208.06049, section 3.2): its blocks update masked units only.
+
+    Visible units are attended to, but stay as the encoder left them.
+    """
+
+    def update(self, layer: nn.Module, hidden_states: torch.Tensor, visible_units: torch.Tensor) -> torch.Tensor:
+        """`(batch, num_units, width)` -> the same after a block, visible units unchanged."""
+        is_masked = unit_mask(visible_units, hidden_states.shape[1])[:, :, None].bool()
+        return torch.where(is_masked, layer(hidden_states), hidden_states)
+
+
+class GreenMIMLinearDecoder(nn.Module):
+    """Linear layers from the last stages to what is to be known of the visible units alone (MaskAlign's alignment).
+
+    The tokens of each of the last three stages are averaged over their unit, normalised and brought to the width of
+    the target by a linear layer; the sum is the prediction (https://huggingface.co/papers/2211.08887, section 3.3).
 
     Args:
-        predictions, targets: `(batch, num_units, values)`.
-        mask: `(batch, num_units)`, 1 for masked.
+        config: configuration of the model.
+        output_width: values to predict of each unit.
     """
-    targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
-    errors = nn.functional.mse_loss(predictions.to(targets.dtype), targets, reduction="none").mean(dim=-1)
-    return (errors * mask).sum() / mask.sum()
+
+    predicts_visible_only = True
+
+    def __init__(self, config: GreenMIMConfig, output_width: int):
+        super().__init__()
+        *earlier, last = config.stage_widths[-FUSED_STAGES:]
+        self.stage_norms = nn.ModuleList(nn.LayerNorm(width, eps=config.layer_norm_eps) for width in earlier)
+        self.stage_preds = nn.ModuleList(nn.Linear(width, output_width) for width in earlier)
+        self.decoder_pred = nn.Linear(last, output_width)
+
+    def forward(
+        self,
+        latents: torch.Tensor,
+        visible_units: torch.Tensor | None,
+        unit_grid: tuple[int, int],
+        stage_tokens: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
+        """Predicts.
+
+        Args:
+            latents: `(batch, num_visible, hidden_size)`.
+            visible_units, unit_grid: not used.
+            stage_tokens: each stage's `(batch, num_visible * tokens of a unit, width)`, in nested order.
+
+        Returns:
+            `(batch, num_visible, output_width)`.
+        """
+        predictions = self.decoder_pred(latents)
+        earlier = stage_tokens[-1 - len(self.stage_preds) : -1]
+        for tokens, norm, pred in zip(earlier, self.stage_norms, self.stage_preds):
+            # Nested order: the tokens of a unit follow one another.
+            units = tokens.unflatten(1, (latents.shape[1], -1)).mean(dim=2)
+            predictions = predictions + pred(norm(units))
+        return predictions
+
+
+# What `decoder_type` of a configuration names.
+DECODERS: dict[str, type[nn.Module]] = {
+    "transformer": GreenMIMDecoder,
+    "prompting": GreenMIMPromptingDecoder,
+    "linear": GreenMIMLinearDecoder,
+}

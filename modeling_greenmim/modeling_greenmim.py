@@ -18,9 +18,10 @@ from transformers.utils.generic import can_return_tuple
 from .blocks import GreenMIMEmbeddings
 from .compat import ConvertsWhenLoading
 from .configuration_greenmim import GreenMIMConfig
-from .decoder import GreenMIMDecoder, reconstruction_loss
+from .decoder import DECODERS
 from .encoders import ENCODERS
 from .layout import patchify, take_tokens, unpatchify
+from .losses import reconstruction_loss
 from .masking import sample_noise, unit_mask, visible_units_from_mask, visible_units_from_noise
 from .planning import backbone_of, plan_dense, plan_mask
 from .plans import MaskPlan, StagePlan
@@ -54,6 +55,9 @@ class GreenMIMModelOutput(ModelOutput):
             attn_implementation "eager", the only one that keeps them.
         reshaped_hidden_states (`tuple(torch.Tensor)`, *optional*, with `hidden_states` when no unit is masked):
             The hidden states as maps `(batch_size, width, height, width)`.
+        stage_tokens (`tuple(torch.Tensor)`, *optional*, returned when `output_stage_tokens=True`):
+            Each stage's output before merging, `(batch_size, num_tokens, width)`, in nested order: the tokens of a
+            unit follow one another.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -63,6 +67,7 @@ class GreenMIMModelOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     reshaped_hidden_states: tuple[torch.Tensor, ...] | None = None
+    stage_tokens: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -70,10 +75,10 @@ class GreenMIMForPreTrainingOutput(ModelOutput):
     """Outputs of `GreenMIMForPreTraining`.
 
     Args:
-        loss (`torch.Tensor`): Mean squared error of the masked units' targets.
+        loss (`torch.Tensor`): Error of the predictions, `config.target_loss`, by default of the masked units.
         logits (`torch.Tensor` of shape `(batch_size, num_units, target_width)`):
             Predicted targets of every unit; of pixels `unit**2 * num_channels` in (row, column, channel) order,
-            normalised if `norm_pix_loss` is set.
+            normalised if `norm_pix_loss` is set. Of a linear decoder `(batch_size, num_visible, target_width)`.
         mask (`torch.Tensor` of shape `(batch_size, num_units)`): 1 for masked units, 0 for visible ones.
         hidden_states, attentions: as in `GreenMIMModelOutput`.
     """
@@ -193,6 +198,7 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
         plan: MaskPlan | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_stage_tokens: bool = False,
         **kwargs,
     ) -> GreenMIMModelOutput:
         """Encodes images.
@@ -208,6 +214,7 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
                 any of these: nothing is planned here then, and no device is waited for.
             output_attentions: whether to return attention weights, which attn_implementation "eager" alone keeps.
             output_hidden_states: whether to return the hidden states of all stages.
+            output_stage_tokens: whether to return the tokens of all stages as they lie.
 
         Raises:
             `ValueError`: for wrong shapes, sizes or masks, naming the argument.
@@ -250,6 +257,7 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
             hidden_states=hidden_states,
             attentions=encoded.attentions,
             reshaped_hidden_states=reshaped,
+            stage_tokens=encoded.stage_outputs if output_stage_tokens else None,
         )
 
     @torch.compiler.disable
@@ -296,7 +304,8 @@ def _to_map(tokens: torch.Tensor, plan: StagePlan) -> torch.Tensor:
 
 
 class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
-    """The encoder on visible units with a decoder that predicts the masked ones: `config.reconstruction_target`.
+    """The encoder on visible units with a decoder that predicts `config.reconstruction_target`, as a rule of the
+    masked ones.
 
     Args:
         config ([`GreenMIMConfig`]): Configuration of the model.
@@ -306,7 +315,7 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
         super().__init__(config)
         self.greenmim = GreenMIMModel(config)
         self.target = TARGETS[config.reconstruction_target](config)
-        self.decoder = GreenMIMDecoder(config, self.target.width)
+        self.decoder = DECODERS[config.decoder_type](config, self.target.width)
         self.post_init()
 
     def patchify(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -371,7 +380,7 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
             mask_ratio: share of units to mask, at random or by `noise`; default: `config.mask_ratio`.
             plan: a mask with its plans, instead of these; see `GreenMIMModel`.
             targets: `(batch_size, num_units, target_width)`, what is to be predicted of every unit, made ahead;
-                default: what `config.reconstruction_target` makes of the images.
+                default: what `config.reconstruction_target` makes of the images. Features must be given.
             output_attentions, output_hidden_states: as in `GreenMIMModel`.
 
         Raises:
@@ -380,8 +389,11 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
         """
         self._refuse_unknown(kwargs)
         unit_grid = self._unit_grid(pixel_values)
+        of_visible = self.decoder.predicts_visible_only
         if mask_ratio is None and bool_masked_pos is None and plan is None:
             mask_ratio = self.config.mask_ratio
+        if mask_ratio == 0 and of_visible:
+            mask_ratio = None  # every unit is visible
         outputs = self.greenmim(
             pixel_values,
             bool_masked_pos=bool_masked_pos,
@@ -390,21 +402,39 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
             plan=plan,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            output_stage_tokens=of_visible,
         )
-        if outputs.mask is None:
+        if outputs.mask is None and not of_visible:
             raise ValueError("`bool_masked_pos` masks no unit; pre-training needs at least one masked unit.")
-        logits = self.decoder(outputs.last_hidden_state, outputs.visible_units, unit_grid)
+        visible = outputs.visible_units
+        logits = self.decoder(outputs.last_hidden_state, visible, unit_grid, outputs.stage_tokens)
         if targets is None:
             targets = self.target.targets(pixel_values)
-        elif targets.shape != logits.shape:
-            raise ValueError(f"`targets` has shape {tuple(targets.shape)}, but {tuple(logits.shape)} is predicted.")
+        expected = (pixel_values.shape[0], unit_grid[0] * unit_grid[1], self.target.width)
+        if targets.shape != expected:
+            raise ValueError(f"`targets` has shape {tuple(targets.shape)}, but {expected} is needed.")
         return GreenMIMForPreTrainingOutput(
-            loss=reconstruction_loss(logits, targets, outputs.mask),
+            loss=self._loss(logits, targets, outputs.mask, visible),
             logits=logits,
             mask=outputs.mask,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss(self, logits, targets, mask, visible) -> torch.Tensor:
+        """Error of the units that count, and of the mean over all units."""
+        config = self.config
+        of_units, counts = targets, mask if config.loss_on == "masked" else None
+        if self.decoder.predicts_visible_only:
+            counts = None
+            if visible is not None:
+                index = visible[:, :, None].expand(targets.shape[0], -1, targets.shape[2])
+                of_units = targets.gather(1, index)
+        loss = reconstruction_loss(logits, of_units, counts, config.target_loss)
+        if config.pooled_loss_weight == 0:
+            return loss
+        pooled = reconstruction_loss(logits.mean(dim=1), targets.mean(dim=1), None, config.target_loss)
+        return loss + config.pooled_loss_weight * pooled
 
 
 class GreenMIMForImageClassification(GreenMIMPreTrainedModel):

@@ -60,9 +60,28 @@ class PixelTarget:
         return patches.to(torch.promote_types(patches.dtype, torch.float32))
 
 
+class FeatureTarget:
+    """Features of each unit that the caller gives, such as those of a teacher: `target_width` values."""
+
+    def __init__(self, config: GreenMIMConfig):
+        self.width = config.target_width
+
+    def targets(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Refuses: these targets are not made of images.
+
+        Raises:
+            `ValueError`: always.
+        """
+        raise ValueError(
+            "`targets` is None, but `reconstruction_target` is 'features': give what is to be predicted of each unit,"
+            f" of shape (batch, num_units, {self.width})."
+        )
+
+
 # What `reconstruction_target` of a configuration names.
 TARGETS: dict[str, type[ReconstructionTarget]] = {
     "pixels": PixelTarget,
+    "features": FeatureTarget,
 }
 
 

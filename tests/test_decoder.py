@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from modeling_greenmim import GreenMIMForPreTraining
-from modeling_greenmim.decoder import GreenMIMDecoder, reconstruction_loss, sincos_positions
+from modeling_greenmim.decoder import GreenMIMDecoder, sincos_positions
 from modeling_greenmim.layout import patchify
+from modeling_greenmim.losses import reconstruction_loss
 from modeling_greenmim.targets import PixelTarget, normalize_units, unit_statistics
 from tests.oracle import (
     assert_all_close,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel
-from modeling_greenmim.decoder import reconstruction_loss, sincos_positions
+from modeling_greenmim.decoder import sincos_positions
+from modeling_greenmim.losses import reconstruction_loss
 from tests.golden import load_golden, normalized
 
 

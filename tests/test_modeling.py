@@ -713,7 +713,7 @@ def test_targets_that_are_made_ahead_are_predicted(pretraining):
     targets = pretraining.target.targets(images())
     assert torch.equal(pretraining(images(), plan=plan, targets=targets).loss, expected.loss)
     assert pretraining(images(), plan=plan, targets=expected.logits.detach()).loss == 0
-    with pytest.raises(ValueError, match=r"`targets` has shape \(2, 36, 5\), but \(2, 36, 768\) is predicted"):
+    with pytest.raises(ValueError, match=r"`targets` has shape \(2, 36, 5\), but \(2, 36, 768\) is needed"):
         pretraining(images(), plan=plan, targets=torch.zeros(2, 36, 5))
 
 

@@ -77,7 +77,7 @@ def test_registries_are_asked_by_name(registered):
     assert named_sizes()["pooling-nano"]["backbone_type"] == "pooling"
     with pytest.raises(StrictDataclassError, match='must be one of "swin", "twins", "pooling"'):
         tiny_config(backbone_type="resnet")
-    with pytest.raises(StrictDataclassError, match='must be one of "pixels", "mean"'):
+    with pytest.raises(StrictDataclassError, match='must be one of "pixels", "features", "mean"'):
         tiny_config(reconstruction_target="hog")
 
 
