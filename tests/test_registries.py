@@ -59,6 +59,7 @@ class MeanTarget:
 
     def __init__(self, config):
         self.unit, self.width = config.encoder_stride, config.num_channels
+        self.description = "mean colours"
 
     def targets(self, pixel_values):
         return nn.functional.avg_pool2d(pixel_values.float(), self.unit).flatten(2).transpose(1, 2)
