@@ -88,7 +88,8 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-6): Epsilon of every layer normalisation.
         mask_ratio (`float`, *optional*, defaults to 0.75): Share of the mask units that pre-training hides.
         reconstruction_target (`str`, *optional*, defaults to `"pixels"`):
-            What pre-training predicts of each mask unit, a name of `targets.TARGETS`.
+            What pre-training predicts of each mask unit, a name of `targets.TARGETS`: `"pixels"`, or `"hog"`, its
+            histograms of oriented gradients.
         norm_pix_loss (`bool`, *optional*, defaults to `True`):
             Whether target pixels are normalised by their unit's own mean and variance.
         decoder_hidden_size (`int`, *optional*, defaults to 512): Width of the decoder, divisible by 4.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .configuration_greenmim import GreenMIMConfig
+from .hog import HogTarget
 from .layout import patchify
 
 
@@ -68,6 +69,7 @@ class PixelTarget:
 # What `reconstruction_target` of a configuration names.
 TARGETS: dict[str, type[ReconstructionTarget]] = {
     "pixels": PixelTarget,
+    "hog": HogTarget,
 }
 
 
