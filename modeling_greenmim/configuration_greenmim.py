@@ -93,7 +93,8 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-6): Epsilon of every layer normalisation.
         mask_ratio (`float`, *optional*, defaults to 0.75): Share of the mask units that pre-training hides.
         reconstruction_target (`str`, *optional*, defaults to `"pixels"`):
-            What pre-training predicts of each mask unit, a name of `targets.TARGETS`.
+            What pre-training predicts of each mask unit, a name of `targets.TARGETS`: `"pixels"`, `"hog"` (histograms
+            of oriented gradients) or `"features"`, which the caller gives.
         target_width (`int`, *optional*): Values of each unit where `reconstruction_target` is `"features"`.
         target_loss (`str`, *optional*, defaults to `"mse"`):
             Error of predictions, a name of `losses.TARGET_LOSSES`: `"mse"`, `"smooth_l1"` or `"cosine"`.

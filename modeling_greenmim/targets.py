@@ -1,12 +1,14 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """What pre-training predicts of each mask unit, by name. A new target is a file with a class, and a line here."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from .configuration_greenmim import GreenMIMConfig
+from .hog import HogTarget
 from .layout import patchify
 
 
@@ -15,15 +17,18 @@ class ReconstructionTarget(Protocol):
 
     Attributes:
         width: values to predict of each unit.
+        description: what is predicted, in words of the model card.
+        to_pixels: `(predictions, pixel_values)` -> pixels of units, as `patchify` cuts them: predictions
+            `(batch, num_units, self.width)` of images as a picture. None where predictions cannot be turned into
+            pixels; such a target has no pictures of reconstructions.
     """
 
     width: int
+    description: str
+    to_pixels: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
 
     def targets(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images `(batch, channels, height, width)` -> `(batch, num_units, self.width)`, at least single precision."""
-
-    def to_pixels(self, predictions: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Predictions `(batch, num_units, self.width)` of images -> pixels of units, as `patchify` cuts them."""
 
 
 class PixelTarget:
@@ -36,6 +41,7 @@ class PixelTarget:
     def __init__(self, config: GreenMIMConfig):
         self.unit, self.normalizes = config.encoder_stride, config.norm_pix_loss
         self.width = self.unit**2 * config.num_channels
+        self.description = "pixels normalised per unit" if self.normalizes else "pixels"
         if self.normalizes and self.width == 1:
             raise ValueError(
                 "`norm_pix_loss` is True, but a mask unit of one pixel and one channel is a single value, which has no"
@@ -63,6 +69,9 @@ class PixelTarget:
 class FeatureTarget:
     """Features of each unit that the caller gives, such as those of a teacher: `target_width` values."""
 
+    description = "features"
+    to_pixels = None
+
     def __init__(self, config: GreenMIMConfig):
         self.width = config.target_width
 
@@ -81,6 +90,7 @@ class FeatureTarget:
 # What `reconstruction_target` of a configuration names.
 TARGETS: dict[str, type[ReconstructionTarget]] = {
     "pixels": PixelTarget,
+    "hog": HogTarget,
     "features": FeatureTarget,
 }
 

@@ -243,7 +243,7 @@ def test_numbers_that_are_not_finite_are_refused(name, value):
         ({"layer_norm_eps": 0.0}, "`layer_norm_eps` is 0.0, but it must be positive"),
         ({"layer_norm_eps": 1e-60}, "`layer_norm_eps` is 1e-60, but it must be positive"),
         ({"mlp_ratio": 0.1}, "`mlp_ratio` is 0.1, but it leaves the first stage, of width 8, no hidden value"),
-        ({"reconstruction_target": "hog"}, "`reconstruction_target` is 'hog', but it must be one of \"pixels\""),
+        ({"reconstruction_target": "edges"}, "`reconstruction_target` is 'edges', but it must be one of \"pixels\""),
     ],
 )
 def test_numbers_without_sense_are_refused(changes, message):
@@ -271,7 +271,7 @@ HOSTILE = {
     **{key: [*REALS, 1e30, "0.5", None] for key in NUMBERS},
     "mlp_ratio": [*REALS, "2", None],  # no 1e30: how much memory there is no configuration knows
     "backbone_type": ["swin", "twins", "vit", "", None, 1],
-    "reconstruction_target": ["pixels", "hog", None],
+    "reconstruction_target": ["pixels", "hog", "edges", None],
     "hidden_act": ["gelu", "relu", "silu", "tanh", "nothing", None],
     **{key: [True, False, "yes", None, 1] for key in ("norm_pix_loss", "qkv_bias")},
     **{key: [*INTEGERS, 12, 2.5, None] for key in ("decoder_hidden_size", "decoder_intermediate_size")},

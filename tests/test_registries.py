@@ -59,6 +59,7 @@ class MeanTarget:
 
     def __init__(self, config):
         self.unit, self.width = config.encoder_stride, config.num_channels
+        self.description = "mean colours"
 
     def targets(self, pixel_values):
         return nn.functional.avg_pool2d(pixel_values.float(), self.unit).flatten(2).transpose(1, 2)
@@ -77,8 +78,8 @@ def test_registries_are_asked_by_name(registered):
     assert named_sizes()["pooling-nano"]["backbone_type"] == "pooling"
     with pytest.raises(StrictDataclassError, match='must be one of "swin", "twins", "pooling"'):
         tiny_config(backbone_type="resnet")
-    with pytest.raises(StrictDataclassError, match='must be one of "pixels", "features", "mean"'):
-        tiny_config(reconstruction_target="hog")
+    with pytest.raises(StrictDataclassError, match='must be one of "pixels", "hog", "features", "mean"'):
+        tiny_config(reconstruction_target="edges")
 
 
 def test_a_registered_encoder_and_target_are_trained(registered, tmp_path):

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from modeling_greenmim import GreenMIMForPreTraining
 from modeling_greenmim.image_processing_greenmim import build_image_processor
-from modeling_greenmim.targets import normalize_units
+from modeling_greenmim.targets import PixelTarget, normalize_units
 from tests.training_helpers import SHORT_RUN, encoded, messages, noise_image, tiny_config
 from training_greenmim.data.image_dataset import ImageDataset
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
@@ -539,6 +539,13 @@ def test_evaluation_draws_the_first_images(tmp_path):
 def test_no_pictures_when_none_are_wanted(tmp_path):
     trainer = make_trainer(tmp_path, num_pictures=0)
     trainer.evaluate()
+    assert trainer.last_picture is None and not (tmp_path / "reconstructions").exists()
+
+
+def test_targets_without_pixels_have_no_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(PixelTarget, "to_pixels", None)
+    trainer = make_trainer(tmp_path)
+    assert trainer.evaluate()["eval_loss"] > 0
     assert trainer.last_picture is None and not (tmp_path / "reconstructions").exists()
 
 

@@ -16,7 +16,7 @@ GAP = 4
 def reconstruct(
     model: GreenMIMForPreTraining, pixel_values: torch.Tensor, logits: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masked input and reconstruction of normalised images.
+    """Masked input and reconstruction of normalised images, for targets that have pixels (`to_pixels` is not None).
 
     The model's target makes pixels of its predictions (normalised ones are scaled back by each unit's own mean and
     variance), and visible units are pasted in.

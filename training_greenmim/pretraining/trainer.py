@@ -63,7 +63,7 @@ class MIMTrainer(ImageTrainer):
             return self.compute_loss(model, inputs).detach(), None, None
 
     def evaluate(self, *args, **kwargs):
-        """Evaluates on the fixed mask, then draws what the model reconstructs."""
+        """Evaluates on the fixed mask, then draws what the model reconstructs, if it reconstructs pixels."""
         metrics = super().evaluate(*args, **kwargs)
         self.last_picture = self.save_reconstructions()
         return metrics
@@ -72,9 +72,11 @@ class MIMTrainer(ImageTrainer):
         """Writes a picture of originals, masked inputs and reconstructions, and sends it to TensorBoard.
 
         Returns:
-            Name of the PNG file; None where there is nothing to draw, or on other processes than the first.
+            Name of the PNG file; None where there is nothing to draw, as with targets that cannot be turned into
+            pixels, or on other processes than the first.
         """
-        if self.eval_dataset is None or self.args.num_pictures == 0:
+        model = self.accelerator.unwrap_model(self.model)
+        if self.eval_dataset is None or self.args.num_pictures == 0 or model.target.to_pixels is None:
             return None
         samples = list(itertools.islice(self.eval_dataset, self.args.num_pictures))
         pixel_values = self.normalize(collate(samples)["pixel_values"].to(self.args.device))
@@ -84,7 +86,6 @@ class MIMTrainer(ImageTrainer):
             outputs = self.model(pixel_values=pixel_values, plan=self.evaluation_plan)
         if not self.is_world_process_zero():
             return None
-        model = self.accelerator.unwrap_model(self.model)
         masked, reconstruction = reconstruct(model, pixel_values, outputs.logits, outputs.mask)
         mean, std = self.image_mean.flatten().tolist(), self.image_std.flatten().tolist()
         picture = picture_grid([pixel_values, masked, reconstruction], mean, std)

@@ -58,7 +58,7 @@ PRETRAINED = (
 
 A {backbone} transformer pre-trained with [GreenMIM](https://huggingface.co/papers/2205.13515): {mask_percent} % of
 each image is hidden in units of {unit}x{unit} px, the encoder runs on the visible units only, and a small decoder
-predicts the pixels of the hidden ones. It holds encoder and decoder; the encoder is what later tasks start from.
+predicts the hidden ones ({target}). It holds encoder and decoder; the encoder is what later tasks start from.
 
 ## Use
 
@@ -124,7 +124,7 @@ def _pretraining_recipe(trainer) -> dict:
         f" window {config.window_size}",
         "image size": f"{height}x{width} px, patches of {config.patch_size} px",
         "masks": f"ratio {config.mask_ratio}, one per {'image' if args.mask_per_sample else 'step and process'}",
-        "target": "pixels normalised per unit" if config.norm_pix_loss else "pixels",
+        "target": trainer.model.target.description,
         "optimizer": f"AdamW, betas {args.adam_beta1}/{args.adam_beta2}",
         **_optimization(trainer),
     }
@@ -242,6 +242,7 @@ def write_model_card(trainer, facts: RunFacts) -> None:
         pictures=pictures,
         mask_percent=f"{100 * config.mask_ratio:g}",
         unit=config.encoder_stride,
+        target=trainer.model.target.description,
         backbone=config.backbone_type.capitalize(),
     )
 
