@@ -14,10 +14,11 @@ import os
 import sys
 from dataclasses import dataclass, field
 
+import torch
 from datasets.distributed import split_dataset_by_node
 from transformers import AutoImageProcessor, AutoModelForPreTraining, set_seed
 
-from modeling_greenmim import GreenMIMForPreTraining
+from modeling_greenmim import GreenMIMConfig, GreenMIMForPreTraining
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 from training_greenmim.data.image_dataset import ImageDataset
 from training_greenmim.data.readers import (
@@ -30,6 +31,9 @@ from training_greenmim.data.readers import (
 )
 from training_greenmim.data.streams import ImageStream
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
+from training_greenmim.pretraining.targets import RECIPES, TargetArguments, recipe_defaults
+from training_greenmim.pretraining.teacher import Teacher, load_teacher
+from training_greenmim.pretraining.teacher_cache import CachedDataset, FixedViews, cached_features
 from training_greenmim.pretraining.trainer import MIMTrainer
 from training_greenmim.runs.arguments import (
     ImageDataArguments,
@@ -53,6 +57,11 @@ SHUFFLE_BUFFER = 1000
 @dataclass
 class ModelArguments(ModelSourceArguments):
     """What to train."""
+
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": f"Set of arguments: {' or '.join(RECIPES)}, as published. Flags and files win over it."},
+    )
 
     def __post_init__(self):
         if self.model_name_or_path and (self.config_name or self.config_overrides):
@@ -132,10 +141,14 @@ def first_records(records, count: int | None):
     return records.take(count)
 
 
-def build_datasets(data: DataArguments, args: MIMTrainingArguments, config) -> tuple:
+def build_datasets(
+    data: DataArguments, target: TargetArguments, args: MIMTrainingArguments, config, teacher: Teacher | None
+) -> tuple:
     """Training and evaluation sets of decoded images, after a look for a readable one in each."""
     train, validation, column, argument = load_data(data, args)
     size, channels = config.image_height_and_width, config.num_channels
+    # A teacher sees the same crop, in a size of its own: images are cropped to the larger, and reduced on the device.
+    size = size if teacher is None else max(size, teacher.size)
     check_channels(channels)
     check_first_readable(train, column, size, channels, argument)
     if args.decode_once:
@@ -143,15 +156,21 @@ def build_datasets(data: DataArguments, args: MIMTrainingArguments, config) -> t
             train = decoded_once(train, column)
     train_dataset = eval_dataset = None
     if args.do_train:
-        transform = TrainTransform(size, channels, scale=(data.min_crop_scale, 1.0))
+        scale = (data.min_crop_scale, 1.0)
         if data.streaming:
+            transform = TrainTransform(size, channels, scale)
             train = train.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
             # By shards each process reads only what it uses.
             strategy = "shards" if train.num_shards >= args.world_size else "examples"
             train = split_dataset_by_node(train, args.process_index, args.world_size, strategy)
             train_dataset = ImageStream(train, column, transform, args.seed, args.process_index, repeat=True)
+        elif target.cache_teacher:
+            views = FixedViews(config.image_height_and_width, channels, target.teacher_crops, scale, args.seed)
+            with args.main_process_first(desc="features of the teacher"):
+                features = cached_features(target.cache_teacher, train, column, teacher, views)
+            train_dataset = CachedDataset(train, column, views, args.seed, features)
         else:
-            train_dataset = ImageDataset(train, column, transform, args.seed)
+            train_dataset = ImageDataset(train, column, TrainTransform(size, channels, scale), args.seed)
     if args.do_eval:
         check_first_readable(validation, column, size, channels, "validation_dir" if data.validation_dir else argument)
         dataset_class = ImageStream if data.streaming else ImageDataset
@@ -159,57 +178,94 @@ def build_datasets(data: DataArguments, args: MIMTrainingArguments, config) -> t
     return train_dataset, eval_dataset
 
 
-def build_model(model_args: ModelArguments, checkpoint: str | None = None) -> tuple:
-    """The model, from a checkpoint of the run, from one to go on from, or new; and its image processor.
+def build_model(
+    model_args: ModelArguments, target: TargetArguments, args: MIMTrainingArguments, checkpoint: str | None = None
+) -> tuple:
+    """The model, from a checkpoint of the run, from one to go on from, or new; its image processor; its teacher.
 
     Raises:
-        `ValueError`: for checkpoints of other models, and configurations that there are not.
+        `ValueError`: for checkpoints of other models, configurations that there are not, and teachers that are none.
     """
-    attention = model_args.attn_implementation
+    options = {"attn_implementation": model_args.attn_implementation}
     argument, name = "model_name_or_path", model_args.model_name_or_path
     # Checkpoints in parts have no configuration: theirs is that of the arguments.
-    if checkpoint and os.path.isfile(os.path.join(checkpoint, "config.json")):
+    is_own = checkpoint and os.path.isfile(os.path.join(checkpoint, "config.json"))
+    if is_own:
         argument, name = "resume_from_checkpoint", checkpoint
+    # The width of a teacher's features is known once it is loaded, for which the size of the images is needed.
+    values = {} if is_own else target.config_values(width=1)
     if name:
         read_greenmim_config(name, argument)
-        model, _ = from_pretrained(GreenMIMForPreTraining, name, attn_implementation=attention)
-        return model, AutoImageProcessor.from_pretrained(name)
-    config = build_config(model_args.config_name or "base", model_args.config_overrides)
-    model = AutoModelForPreTraining.from_config(config, attn_implementation=attention)
-    return model, build_image_processor(config)
+    config = build_config(name or model_args.config_name or "base", model_args.config_overrides, values)
+    teacher = build_teacher(target, config, args)
+    if teacher is not None and not is_own:
+        config.target_width = teacher.width
+    if not name:
+        model = AutoModelForPreTraining.from_config(config, **options)
+        return model, build_image_processor(config), teacher
+    # Another target has another decoder.
+    model, _ = from_pretrained(
+        GreenMIMForPreTraining, name, config=config, ignore_mismatched_sizes=target.target is not None, **options
+    )
+    return model, AutoImageProcessor.from_pretrained(name), teacher
+
+
+def build_teacher(target: TargetArguments, config: GreenMIMConfig, args: MIMTrainingArguments) -> Teacher | None:
+    """The frozen model whose features are predicted, if any; errors as in `load_teacher`."""
+    if target.target != "teacher":
+        return None
+    return load_teacher(
+        target.teacher,
+        config.num_channels,
+        config.image_height_and_width,
+        target.teacher_image_size,
+        target.teacher_revision,
+        args.device,
+        torch.bfloat16 if args.bf16 else torch.float32,
+    )
+
+
+ARGUMENTS = (ModelArguments, TargetArguments, DataArguments, MIMTrainingArguments)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs pre-training."""
     argv = sys.argv[1:] if argv is None else argv
-    model_args, data_args, args = parse_arguments((ModelArguments, DataArguments, MIMTrainingArguments), argv)
+    model_args, target_args, data_args, args = parse_arguments(ARGUMENTS, argv, recipe_defaults)
     if not (args.do_train or args.do_eval):
         raise ValueError("Nothing to do: give `do_train`, `do_eval` or both.")
     args.set_up_logging()
     with locked_output(args):
-        run(model_args, data_args, args, argv)
+        run(model_args, target_args, data_args, args, argv)
 
 
-def run(model_args: ModelArguments, data_args: DataArguments, args: MIMTrainingArguments, argv: list[str]) -> None:
+def run(
+    model_args: ModelArguments,
+    target_args: TargetArguments,
+    data_args: DataArguments,
+    args: MIMTrainingArguments,
+    argv: list[str],
+) -> None:
     """Trains, evaluates and writes what came of it."""
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
     evaluated = None if args.do_train else checkpoint  # training loads its checkpoint itself
-    model, image_processor = build_model(model_args, evaluated)
-    train_dataset, eval_dataset = build_datasets(data_args, args, model.config)
+    model, image_processor, teacher = build_model(model_args, target_args, args, evaluated)
+    train_dataset, eval_dataset = build_datasets(data_args, target_args, args, model.config, teacher)
     trainer = MIMTrainer(
         model,
         args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         image_processor=image_processor,
+        teacher=teacher,
         facts=describe_run(
             "run_mim.py",
             argv,
             {"training": train_dataset, "evaluation": eval_dataset},
             data_args.dataset_name,
             data_args.train_dir,
-            arguments=(model_args, data_args),
+            arguments=(model_args, target_args, data_args),
         ),
     )
 

@@ -131,7 +131,7 @@ def collate(samples: list[dict]) -> dict:
 
     Returns:
         `pixel_values`, uint8 `(batch, channels, height, width)`, the messages on `unreadable` images, and, where the
-        samples have them, `labels` and `readable`, both `(batch,)`.
+        samples have them, `labels` and `readable`, both `(batch,)`, and `features` of a teacher, `(batch, ...)`.
     """
     batch = {
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
@@ -140,6 +140,8 @@ def collate(samples: list[dict]) -> dict:
     for name in ("labels", "readable"):
         if name in samples[0]:
             batch[name] = torch.tensor([sample[name] for sample in samples])
+    if "features" in samples[0]:
+        batch["features"] = torch.stack([sample["features"] for sample in samples])
     return batch
 
 

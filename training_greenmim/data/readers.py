@@ -253,7 +253,7 @@ def decoded_once(records: datasets.Dataset, column: str) -> datasets.Dataset:
         except UnreadableImageError:
             return record
 
-    fingerprint = _fingerprint_of_files(records, column)
+    fingerprint = fingerprint_of_files(records, column)
     folder = os.path.join(datasets_cache_folder(), "greenmim-decoded")
     os.makedirs(folder, exist_ok=True)
     # `datasets` writes to a file aside and renames it. Unless told where, it keeps what has no file in memory.
@@ -267,7 +267,7 @@ def decoded_once(records: datasets.Dataset, column: str) -> datasets.Dataset:
     )
 
 
-def _fingerprint_of_files(records: datasets.Dataset, column: str) -> str:
+def fingerprint_of_files(records: datasets.Dataset, column: str) -> str:
     """Changes with the records, with the sizes and times of the files that they name, and with `DECODING`."""
     digest = hashlib.sha256(f"{DECODING} {datasets_fingerprint(records)} {column}".encode())
     # The names alone: encoded images beside them are not read.

@@ -33,7 +33,9 @@ class MaskedCollator:
         self.config, self.seed, self.per_sample, self.static = config, seed, per_sample, static
 
     def __call__(self, samples: list[dict]) -> dict:
-        """What `collate` returns, and `plan`, a `MaskPlan`."""
+        """What `collate` returns, and `plan`, a `MaskPlan`; None where nothing is to be masked."""
+        if self.config.mask_ratio == 0:
+            return {**collate(samples), "plan": None}
         rows, columns = self.config.unit_grid
         keys = [sample["sample_key"] for sample in (samples if self.per_sample else samples[:1])]
         noise = torch.cat([sample_noise(rows * columns, generator=self.generator(key)) for key in keys])

@@ -2,7 +2,9 @@
 """`Trainer` for masked image modeling, with pictures of reconstructions."""
 
 import itertools
+import json
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,19 +15,30 @@ from modeling_greenmim.masking import sample_noise
 from ..data.image_dataset import EpochShuffle, collate
 from ..randomness import MASK, derived_torch_generator
 from ..runs.card import write_model_card
+from ..runs.processes import on_main_process
 from ..runs.trainer import ImageTrainer
 from .collator import MaskedCollator, plan_from_noise
 from .pictures import picture_grid, reconstruct
+from .teacher import Stopwatch, Teacher, TeacherTargets, resized
+
+
+# Images that the mean of a teacher's features is taken from.
+MEAN_OF = 512
 
 
 class MIMTrainer(ImageTrainer):
     """Trains `GreenMIMForPreTraining`; masks are derived from (seed, sample key) in the loader's workers.
 
+    Args:
+        teacher: whose features are predicted; None for other targets.
+        args, kwargs: those of `ImageTrainer`.
+
     Raises:
-        `ValueError`: where one process sees several GPUs, which `Trainer` would give parts of a batch and whole plans.
+        `ValueError`: where one process sees several GPUs, which `Trainer` would give parts of a batch and whole plans;
+            where the model predicts features and there is no teacher, one of other features or on another device.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, teacher: Teacher | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -37,9 +50,35 @@ class MIMTrainer(ImageTrainer):
             self.model.config, self.args.seed, self.args.mask_per_sample, self.args.torch_compile
         )
         # Every evaluation uses one mask.
-        rows, columns = self.model.config.unit_grid
-        noise = sample_noise(rows * columns, generator=derived_torch_generator(self.args.seed, MASK))
-        self.evaluation_plan = plan_from_noise(self.model.config, noise).to(self.args.device)
+        config = self.model.config
+        self.evaluation_plan = None
+        if config.mask_ratio > 0:
+            rows, columns = config.unit_grid
+            noise = sample_noise(rows * columns, generator=derived_torch_generator(self.args.seed, MASK))
+            self.evaluation_plan = plan_from_noise(config, noise).to(self.args.device)
+        self.teacher, self.teacher_time = teacher, Stopwatch(self.args.device)
+        self._check_teacher()
+        self.teacher_targets: TeacherTargets | None = None
+
+    def _check_teacher(self):
+        config, teacher = self.model.config, self.teacher
+        if (teacher is not None) != (config.reconstruction_target == "features"):
+            needed = "features, so a `teacher` is needed" if teacher is None else "no features of a `teacher`"
+            raise ValueError(
+                f"`reconstruction_target` is {config.reconstruction_target!r}: the model predicts {needed}."
+            )
+        if teacher is None:
+            return
+        if teacher.width != config.target_width:
+            raise ValueError(
+                f"`teacher` is {teacher.facts.name!r}, with features of width {teacher.width}, but the model predicts"
+                f" {config.target_width} values (`target_width`)."
+            )
+        if teacher.device.type != self.args.device.type:
+            raise ValueError(
+                f"`teacher` is on {teacher.device.type!r}, but training is on {self.args.device.type!r}; load it with"
+                f" device={str(self.args.device)!r}."
+            )
 
     def build_sampler(self, length: int) -> EpochShuffle:
         """Order of the training images; in whole batches for a compiled step, which has one size."""
@@ -51,10 +90,57 @@ class MIMTrainer(ImageTrainer):
         self.report_unreadable(inputs["unreadable"])
         pixel_values = self.normalize(inputs["pixel_values"])
         plan = inputs["plan"] if model.training else self.evaluation_plan
-        outputs = model(pixel_values=pixel_values, plan=plan)
+        outputs = model(pixel_values=pixel_values, plan=plan, targets=self.targets_of(inputs))
         if model.training:
             self.check_finite(outputs.loss)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """uint8 images, which may be larger for a teacher -> float images as the model takes them."""
+        return super().normalize(resized(pixel_values, self.model.config.image_height_and_width))
+
+    def targets_of(self, inputs: dict) -> torch.Tensor | None:
+        """What the teacher says of a batch, `(batch, num_units, width)`; None without a teacher."""
+        if self.teacher is None:
+            return None
+        if self.teacher_targets is None:
+            self.teacher_targets = self.build_teacher_targets()
+        features = inputs.get("features")
+        if features is None:
+            with self.teacher_time:
+                features = self.teacher.features(inputs["pixel_values"])
+        return self.teacher_targets(features)
+
+    def build_teacher_targets(self) -> TeacherTargets:
+        """Targets of the configured loss; the mean that cosines are taken from is kept in the output folder."""
+        config = self.model.config
+        if config.target_loss != "cosine":
+            return TeacherTargets(config.unit_grid, None)
+        mean = torch.tensor(on_main_process(self.args, self._mean_of_features))
+        return TeacherTargets(config.unit_grid, mean.to(self.args.device))
+
+    def _mean_of_features(self) -> list[float]:
+        """Mean of the teacher's features of the first images, as the output folder has it, or made and kept there."""
+        path, made_of = Path(self.args.output_dir, "teacher_mean.json"), [str(self.teacher.facts), *self.teacher.size]
+        if path.exists() and (kept := json.loads(path.read_text()))["made_of"] == made_of:
+            return kept["mean"]
+        dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        total, count = torch.zeros(self.teacher.width, dtype=torch.float64), 0
+        samples = itertools.islice(dataset, MEAN_OF)
+        while batch := list(itertools.islice(samples, self.args.per_device_eval_batch_size)):
+            batch = collate(batch)
+            features = batch.get("features")
+            if features is None:
+                features = self.teacher.features(batch["pixel_values"].to(self.args.device))
+            total, count = total + features.double().cpu().mean(dim=(1, 2)).sum(dim=0), count + len(features)
+        mean = (total / count).tolist()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"made_of": made_of, "mean": mean}))
+        return mean
+
+    def shares_of(self, seconds: float) -> dict[str, float]:
+        """The teacher's share of the time of training."""
+        return {} if self.teacher is None else {"teacher_share": round(self.teacher_time.seconds() / seconds, 3)}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss of an evaluation batch; predictions are not kept."""

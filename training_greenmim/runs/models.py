@@ -104,8 +104,13 @@ def read_greenmim_config(name: str, argument: str) -> dict:
     return values
 
 
-def build_config(name: str, overrides: str | None = None) -> GreenMIMConfig:
+def build_config(name: str, overrides: str | None = None, defaults: dict | None = None) -> GreenMIMConfig:
     """Configuration of a named size, or of a folder or Hub repository, with overrides.
+
+    Args:
+        name: of the size, the folder or the repository.
+        overrides: `config_overrides`.
+        defaults: values of other arguments, over which overrides win.
 
     Raises:
         `ValueError`: for names that there are not, and for values that a configuration cannot have.
@@ -122,7 +127,7 @@ def build_config(name: str, overrides: str | None = None) -> GreenMIMConfig:
     changes = parse_overrides(overrides)
     check_overrides(changes, GreenMIMConfig)
     try:
-        return GreenMIMConfig(**{**values, **changes})
+        return GreenMIMConfig(**{**values, **(defaults or {}), **changes})
     except StrictDataclassError as error:
         # Its own message repeats that of its cause under a headline.
         given = f"`config_overrides` is {overrides!r}: " if overrides else f"`config_name` is {name!r}: "

@@ -116,11 +116,11 @@ class _ThroughputCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self.last = None
 
-    def steps_per_second(self) -> float | None:
+    def steps_and_seconds(self) -> tuple[int, float]:
         """Since it was last asked."""
-        rate = self.steps / self.seconds if self.seconds else None
+        measured = self.steps, self.seconds
         self.steps, self.seconds = 0, 0.0
-        return rate
+        return measured
 
 
 class ImageTrainer(CheckpointTrainer):
@@ -409,6 +409,10 @@ class ImageTrainer(CheckpointTrainer):
         with is_explained:
             super().save_model(output_dir, _internal_call)
 
+    def shares_of(self, seconds: float) -> dict[str, float]:
+        """What took which share of the seconds of training since the last log; for subclasses."""
+        return {}
+
     def report_unreadable(self, messages: list[str]) -> None:
         """Logs each unreadable image once and counts it."""
         for message in messages:
@@ -420,9 +424,10 @@ class ImageTrainer(CheckpointTrainer):
         """Adds images per second of training and the number of unreadable images."""
         self.stop_if_broken()
         if "loss" in logs:
-            rate = self.throughput.steps_per_second()
-            if rate is not None:
-                logs["images_per_second"] = round(rate * self.args.total_batch_size, 1)
+            steps, seconds = self.throughput.steps_and_seconds()
+            if seconds:
+                logs["images_per_second"] = round(steps / seconds * self.args.total_batch_size, 1)
+                logs.update(self.shares_of(seconds))
             if self.energy is not None:
                 logs.update(self.measured_energy())
         if self.args.world_size > 1:

@@ -1,0 +1,132 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""What pre-training predicts: arguments, what they mean for the configuration of a model, and recipes."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..runs.arguments import check_at_least
+
+
+# Settings of a teacher's targets where they differ from those of pixels; see docs/pre-training.md for their sources.
+RECIPES = {
+    "teacher-align": {"teacher_mode": "align", "mask_ratio": 0.7},
+    "teacher-predict": {"teacher_mode": "predict", "mask_ratio": 0.75},
+}
+for _recipe in RECIPES.values():
+    _recipe |= {"target": "teacher", "drop_path_rate": 0.1, "max_grad_norm": 3.0, "warmup_steps": 0.1}
+MODES, LOSSES = ("align", "predict"), ("cosine", "smooth_l1")
+
+
+@dataclass
+class TargetArguments:
+    """What is predicted.
+
+    Raises:
+        `ValueError`: for values that there are not, and for those of a teacher without one.
+    """
+
+    _argument_group_name: ClassVar[str] = "target"
+
+    target: str | None = field(
+        default=None,
+        metadata={"help": "What is predicted: pixels (the default), hog, or teacher: features of a frozen model."},
+    )
+    mask_ratio: float | None = field(
+        default=None, metadata={"help": "Share of units that are hidden; default: 0.75, with teacher_mode align 0.5."}
+    )
+    loss_on: str | None = field(
+        default=None, metadata={"help": "Units whose prediction counts: masked (the default) or all."}
+    )
+    drop_path_rate: float | None = field(default=None, metadata={"help": "Stochastic depth; default: 0."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "The frozen model: a folder or a Hub repository of any vision model."}
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "Revision of its Hub repository."})
+    teacher_mode: str = field(
+        default="align",
+        metadata={
+            "help": "align: the encoder's features of visible units become those of the teacher, without a decoder;"
+            " mask_ratio 0 is plain distillation. predict: a decoder predicts those of hidden units."
+        },
+    )
+    teacher_loss: str = field(
+        default="cosine",
+        metadata={"help": "cosine: of features less their mean; smooth_l1: of features normalised per unit."},
+    )
+    teacher_image_size: int | None = field(
+        default=None, metadata={"help": "Shorter side of the teacher's images in pixels; default: as it was trained."}
+    )
+    cache_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder to keep the teacher's features in, of fixed views of each image: the whole, teacher_crops"
+            " crops, and their mirror images. The teacher then runs once."
+        },
+    )
+    teacher_crops: int = field(default=0, metadata={"help": "Crops of each image for cache_teacher."})
+
+    def __post_init__(self):
+        check_at_least(self, 0, "teacher_crops")
+        check_at_least(self, 1, "teacher_image_size")
+        self._check_names()
+        if self.target == "teacher" and not self.teacher:
+            raise ValueError("`target` is 'teacher', but no `teacher` is given: a folder or a Hub repository.")
+        for name in ("teacher", "teacher_revision", "teacher_image_size", "cache_teacher"):
+            value = getattr(self, name)
+            if value is not None and self.target != "teacher":
+                raise ValueError(f"`{name}` is {value!r}, but `target` is {self.target or 'pixels'!r}, not 'teacher'.")
+        if self.teacher_crops and not self.cache_teacher:
+            raise ValueError(
+                f"`teacher_crops` is {self.teacher_crops}, but without `cache_teacher` every crop is a new one."
+            )
+        if self.loss_on is not None and self.target == "teacher" and self.teacher_mode == "align":
+            raise ValueError(
+                f"`loss_on` is {self.loss_on!r}, but with `teacher_mode` 'align' visible units are predicted, all that"
+                " there are; give it with 'predict'."
+            )
+
+    def _check_names(self):
+        named = {
+            "target": ("pixels", "hog", "teacher"),
+            "teacher_mode": MODES,
+            "teacher_loss": LOSSES,
+            "loss_on": ("masked", "all"),
+        }
+        for name, names in named.items():
+            value = getattr(self, name)
+            if value is not None and value not in names:
+                raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(names)}.")
+
+    def config_values(self, width: int | None = None) -> dict:
+        """Values of a configuration that the arguments stand for.
+
+        Args:
+            width: of the teacher's features.
+        """
+        given = {name: getattr(self, name) for name in ("mask_ratio", "loss_on", "drop_path_rate")}
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.target is None:
+            return given
+        if self.target != "teacher":
+            return {"reconstruction_target": self.target, "target_width": None, **given}
+        values = {"reconstruction_target": "features", "target_width": width, "target_loss": self.teacher_loss}
+        if self.teacher_mode == "align":
+            values |= {"decoder_type": "linear", "pooled_loss_weight": 1.0, "mask_ratio": 0.5}
+        return {**values, **given}
+
+
+def recipe_defaults(chosen: dict) -> dict:
+    """Arguments that the chosen recipe sets.
+
+    Args:
+        chosen: all arguments as given, with their defaults.
+
+    Raises:
+        `ValueError`: for an unknown recipe.
+    """
+    name = chosen["recipe"]
+    if name is None:
+        return {}
+    if name not in RECIPES:
+        raise ValueError(f"`recipe` is {name!r}; it must be one of {', '.join(RECIPES)}.")
+    return RECIPES[name]
