@@ -101,7 +101,7 @@ class ModelArguments(ModelSourceArguments):
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}; it must be in [0, 1).")
         check_at_least(self, 1, "knn_k", "feature_stage")
-        if self.knn_temperature <= 0:
+        if not self.knn_temperature > 0:
             raise ValueError(f"`knn_temperature` is {self.knn_temperature}; it must be positive.")
 
 

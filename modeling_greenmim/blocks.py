@@ -189,10 +189,12 @@ class GreenMIMEncoder(nn.Module):
     ) -> EncoderOutput:
         """Runs all stages on `(batch, num_tokens, embed_dim)` tokens in nested order.
 
-        Where nothing keeps attention weights that are asked for, they are left out with a warning, as in Transformers.
+        Where nothing keeps attention weights that are asked for, they are left out with a warning, as in Transformers;
+        compiled code does not warn.
         """
         keeps_attentions = output_attentions and self.config._attn_implementation == "eager"
-        if output_attentions and not keeps_attentions:
+        # A warning would break the graph of what is compiled.
+        if output_attentions and not keeps_attentions and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"`output_attentions` is True, but attn_implementation {self.config._attn_implementation!r} keeps no"
                 ' attention weights: `attentions` is empty. Load the model with attn_implementation="eager".'

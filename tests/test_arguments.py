@@ -64,6 +64,17 @@ def test_a_missing_file_is_named():
         run_mim.main(["nowhere.yaml"])
 
 
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "latin.yaml").write_bytes("output_dir: Gr\u00fcn".encode("latin-1"))
+    (tmp_path / "zip.json").write_bytes(b"PK\x03\x04\xff\xfe")
+    for name, error in (("folder.yaml", "cannot be read: Is a directory"), ("latin.yaml", "no text in UTF-8")):
+        with pytest.raises(ValueError, match=rf"{tmp_path / name}: this file of arguments .*{error}\."):
+            run_mim.main([str(tmp_path / name)])
+    with pytest.raises(ValueError, match=r"zip\.json: .*no text in UTF-8"):
+        run_image_classification.main([str(tmp_path / "zip.json")])
+
+
 @pytest.mark.parametrize("text", ["true", '"true"'])
 def test_a_file_can_ask_to_resume(tmp_path, text):
     path = tmp_path / "run.yaml"
@@ -108,6 +119,15 @@ OUT_OF_RANGE = [
     ("max_steps", -2, "1 or more"),
     ("num_train_epochs", 0, "above 0"),
     ("num_train_epochs", "nan", "above 0"),
+    ("num_train_epochs", "inf", "above 0 and finite"),
+    ("logging_steps", 0, "above 0"),
+    ("logging_steps", -5, "above 0"),
+    ("save_steps", 0, "above 0"),
+    ("save_steps", -0.5, "above 0"),
+    ("save_steps", "nan", "above 0"),
+    ("save_steps", "inf", "above 0 and finite"),
+    ("eval_steps", -1, "0 or more"),
+    ("eval_steps", "nan", "0 or more"),
     ("weight_decay", -1, "0 or more"),
     ("learning_rate", -1, "0 or more"),
 ]
@@ -116,16 +136,37 @@ OUT_OF_RANGE = [
 @pytest.mark.parametrize(("name", "value", "right"), [*OUT_OF_RANGE, ("num_pictures", -1, "0 or more")])
 def test_numbers_out_of_range_are_refused_before_work(tmp_path, name, value, right):
     with pytest.raises(ValueError, match=rf"`{name}` is {value}.*must be {right}"):
-        run_mim.main(flags(tmp_path / "out", "--do_train", f"--{name}", value))
+        run_mim.main(flags(tmp_path / "out", "--do_train", "--save_strategy", "steps", f"--{name}", value))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("name", "value", "right"), [*OUT_OF_RANGE, ("knn_k", 0, "1 or more")])
 def test_numbers_out_of_range_are_refused_in_classification(tmp_path, name, value, right):
-    argv = classification_flags(tmp_path / "out", "--config_name", "tiny", "--do_train", f"--{name}", value)
+    options = ("--config_name", "tiny", "--do_train", "--save_strategy", "steps", f"--{name}", value)
+    argv = classification_flags(tmp_path / "out", *options)
     with pytest.raises(ValueError, match=rf"`{name}` is {value}.*must be {right}"):
         run_image_classification.main(argv)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [0, -1, "nan"])
+def test_a_temperature_is_above_zero(tmp_path, value):
+    argv = classification_flags(tmp_path / "out", "--config_name", "tiny", "--do_eval", "--knn_temperature", value)
+    with pytest.raises(ValueError, match=rf"`knn_temperature` is {value}.*must be positive"):
+        run_image_classification.main(argv)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "steps"), [("logging_strategy", "logging_steps"), ("save_strategy", "save_steps")]
+)
+def test_an_interval_matters_where_its_strategy_is_steps(strategy, steps):
+    args = training_arguments(f"--{strategy}", "epoch", f"--{steps}", "0", "--use_cpu", "true")
+    assert getattr(args, steps) == 0
+
+
+def test_evaluations_at_zero_steps_come_with_the_logs():
+    given = ("--eval_strategy", "steps", "--eval_steps", "0", "--logging_steps", "7", "--use_cpu", "true")
+    assert training_arguments(*given).eval_steps == 7
 
 
 def test_a_run_that_does_not_train_needs_no_epochs():

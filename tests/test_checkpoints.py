@@ -373,6 +373,15 @@ def test_a_lock_leaves_nothing_behind_and_is_the_first_processs(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("place", "why"), [("file", "File exists"), ("file/below", "Not a directory")])
+def test_an_output_that_cannot_be_a_folder_is_refused_by_name(finished, tmp_path, place, why):
+    (tmp_path / "file").write_text("something else")
+    expected = f"`output_dir` is '{tmp_path / place}', which cannot be made a folder: {why}"
+    with pytest.raises(ValueError, match=expected):
+        run(tmp_path / place, "--train_dir", finished.parent / "data", *COMMON)
+    assert (tmp_path / "file").read_text() == "something else"
+
+
 # Lengths and logs
 
 

@@ -1,6 +1,7 @@
 """Checkpoints in and out: every format by way of files that the tests write themselves, and live against Swin."""
 
 import argparse
+import errno
 import os
 import re
 import runpy
@@ -608,13 +609,13 @@ def test_other_classes_are_refused_and_not_executed(tmp_path):
 
 def test_damaged_files_are_refused(official, tmp_path):
     content = official.read_bytes()
-    for name, damaged in (("half.pth", content[: len(content) // 2]), ("empty.pth", b""), ("text.pth", b"no weights")):
-        (tmp_path / name).write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=f"{name}.*damaged"):
-            read_checkpoint(tmp_path / name)
-    (tmp_path / "a.safetensors").write_bytes(content[:100])
-    with pytest.raises(CheckpointError, match=r"a\.safetensors.*damaged"):
-        read_checkpoint(tmp_path / "a.safetensors")
+    files = {"half.pth": content[: len(content) // 2], "empty.pth": b"", "text.pth": b"no weights"}
+    files |= {"zip.pth": content[:4] + bytes(300), "a.safetensors": content[:100]}
+    for name, damaged in files.items():
+        path, writer = tmp_path / name, "safetensors" if name.endswith(".safetensors") else r"torch\.save"
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"^`checkpoint` '{path}' is .*damaged or no file of {writer}.$"):
+            read_checkpoint(path)
     with pytest.raises(CheckpointError, match="there is no file"):
         read_checkpoint(tmp_path / "nowhere.pth")
     torch.save({"epoch": 3}, tmp_path / "other.pth")
@@ -626,6 +627,15 @@ def test_damaged_files_are_refused(official, tmp_path):
     torch.save({"encoder.patch_embeds.0.proj.weight": torch.zeros(3)}, tmp_path / "twins.pth")
     with pytest.raises(CheckpointError, match=r"is no Swin or Twins.*four dimensions"):
         read_checkpoint(tmp_path / "twins.pth")
+
+
+def test_a_file_that_may_not_be_opened_says_so(official, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(official))
+
+    monkeypatch.setattr(torch, "load", refuse)  # permissions do not keep the administrator out
+    with pytest.raises(CheckpointError, match=r"^`checkpoint` '.*' cannot be opened: Permission denied\.$"):
+        read_checkpoint(official)
 
 
 def test_weights_that_do_not_fit_are_listed(tmp_path):
@@ -748,9 +758,9 @@ def test_broken_official_files_have_clear_errors(change, message, tmp_path):
 
 
 def test_impossible_values_and_outputs_have_clear_errors(official, tmp_path):
-    for values in ({"image_size": 33}, {"decoder_num_attention_heads": 3}):
-        with pytest.raises(CheckpointError, match=next(iter(values))):
-            import_checkpoint(official, tmp_path / "model", **values)
+    for name, value in (("image_size", 33), ("decoder_num_attention_heads", 3)):
+        with pytest.raises(CheckpointError, match=rf"impossible: `{name}` is {value}, but .*\.$"):
+            import_checkpoint(official, tmp_path / "model", **{name: value})
     with pytest.raises(CheckpointError, match="a file; a folder is needed"):
         import_checkpoint(official, official, **HEADS)
     save_model(GreenMIMModel, tmp_path / "model")
@@ -772,8 +782,11 @@ def test_command_line(official, tmp_path, capsys):
     assert "GreenMIMForPreTraining of" in capsys.readouterr().out
     main(["export", "--model", folder, "--to", "timm", "--output", str(tmp_path / "timm.safetensors")])
     assert "relative difference" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"error: .*nowhere"):
+    with pytest.raises(SystemExit) as end:
         main(["import", "--checkpoint", str(tmp_path / "nowhere.pth"), "--output", folder])
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and not printed.out
+    assert re.fullmatch(r"error: .*nowhere.*\n", printed.err)
 
 
 def test_commands_of_the_page_run(tmp_path, monkeypatch):

@@ -5,12 +5,14 @@ import re
 import runpy
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, ViTConfig, ViTForImageClassification
+from transformers.utils.import_utils import BACKENDS_MAPPING, requires_backends
 
 import run_mim
 from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel
@@ -67,6 +69,8 @@ def raising(error: Exception):
         NonFiniteLossError("The loss is not a finite number at step 3."),
         SafetensorError("header too large"),
         MissingPackageError("This run needs kornia"),
+        ImportError("TimmWrapperModel requires the timm library but it was not found in your environment."),
+        PackageNotFoundError("bitsandbytes"),
         torch.OutOfMemoryError("CUDA out of memory."),
     ],
     ids=lambda error: type(error).__name__,
@@ -75,6 +79,25 @@ def test_expected_errors_are_one_message(error, capsys, monkeypatch):
     assert str(error).strip(".") in shown(capsys, raising(error))
     monkeypatch.setattr(sys, "argv", ["run_mim.py", "--debug"])
     with pytest.raises(type(error)):
+        run_script(raising(error))
+
+
+def failing_import(code: str) -> ImportError:
+    with pytest.raises(ImportError) as raised:
+        exec(code)
+    return raised.value
+
+
+def test_missing_back_ends_of_transformers_are_one_message(capsys, monkeypatch):
+    monkeypatch.setitem(BACKENDS_MAPPING, "timm", (lambda: False, "{0} requires the timm library."))
+    message = shown(capsys, lambda: requires_backends(GreenMIMModel, ["timm"]))
+    assert "error: GreenMIMModel requires the timm library." in message
+
+
+@pytest.mark.parametrize("code", ["import defect", "from json import defect"])
+def test_imports_that_fail_are_defects(code):
+    error = failing_import(code)
+    with pytest.raises(type(error), match="defect"):
         run_script(raising(error))
 
 

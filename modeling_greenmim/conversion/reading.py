@@ -54,15 +54,21 @@ def _read_file(path: Path) -> dict:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         if found is None:
-            raise CheckpointError(
-                f"`checkpoint` {str(path)!r} is damaged or no file of torch.save: {error}"
-            ) from error
+            raise _damaged(path) from error
         raise CheckpointError(
             f"`checkpoint` {str(path)!r} wants {found[1]}, which a file of weights does not need; nothing of it was"
             " executed. Only tensors, argparse.Namespace and yacs.config.CfgNode are read."
         ) from error
+    except PermissionError as error:
+        raise CheckpointError(f"`checkpoint` {str(path)!r} cannot be opened: {error.strerror}.") from error
     except READING_ERRORS as error:
-        raise CheckpointError(f"`checkpoint` {str(path)!r} is truncated or damaged: {error}") from error
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> CheckpointError:
+    """One line: torch explains itself at length, and advises to load such a file with its code."""
+    writer = "safetensors" if path.suffix == ".safetensors" else "torch.save"
+    return CheckpointError(f"`checkpoint` {str(path)!r} is truncated, damaged or no file of {writer}.")
 
 
 def _weights_of(content, path: Path) -> dict[str, torch.Tensor]:
@@ -115,5 +121,8 @@ def clear_errors(what: str):
         raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{what} wants to run code, which was not executed; only tensors are read.") from error
-    except (*READING_ERRORS, StrictDataclassError) as error:
+    except StrictDataclassError as error:
+        # Its own message repeats that of its cause under a headline.
+        raise CheckpointError(f"{what} cannot be read or is impossible: {error.__cause__ or error}") from error
+    except READING_ERRORS as error:
         raise CheckpointError(f"{what} cannot be read or is impossible: {error}") from error

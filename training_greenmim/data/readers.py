@@ -94,7 +94,10 @@ class DatasetReader(Reader):
             found = datasets.load_dataset(name, config_name, streaming=source.streaming)
         except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
             given = f" and `dataset_config_name` is {config_name!r}" if config_name else ""
-            raise ValueError(f"`dataset_name` is {name!r}{given}, which cannot be loaded: {error}") from error
+            reason = str(error)
+            if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+                reason = f"{reason}: {error.__cause__}"  # itself it only tells that there was an error
+            raise ValueError(f"`dataset_name` is {name!r}{given}, which cannot be loaded: {reason}") from error
         return {split: Part(records, "dataset_name") for split, records in found.items()}
 
 

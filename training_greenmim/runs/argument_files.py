@@ -29,8 +29,8 @@ def read_argument_file(path: str, dataclass_types: Iterable[type]) -> dict[str, 
     """Values of a .yaml or .json file, as arguments of the dataclasses.
 
     Raises:
-        `ValueError`: for a file that is not there or not valid, keys given twice or unknown, and values of a wrong
-            type; it names the file and the key.
+        `ValueError`: for a file that cannot be read or is not valid, keys given twice or unknown, and values of a
+            wrong type; it names the file and the key.
     """
     types_of_arguments = {
         name: hint
@@ -85,6 +85,10 @@ def _read_mapping(path: str) -> dict:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file of arguments.") from None
+    except OSError as error:
+        raise ValueError(f"{path}: this file of arguments cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: this file of arguments is no text in UTF-8.") from error
     try:
         values = json.loads(text, object_pairs_hook=_unique) if path.endswith(".json") else parse_yaml(text)
     except yaml.YAMLError as error:

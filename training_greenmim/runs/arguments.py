@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -219,10 +220,17 @@ class ImageTrainingArguments(TrainingArguments):
         check_at_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size")
         check_at_least(self, 1, "gradient_accumulation_steps")
         check_at_least(self, 0, "dataloader_num_workers", "base_learning_rate", "learning_rate", "weight_decay")
+        check_at_least(self, 0, "eval_steps")  # 0: every logging_steps
+        for strategy, steps in (("logging_strategy", "logging_steps"), ("save_strategy", "save_steps")):
+            value = getattr(self, steps)
+            if getattr(self, strategy) == "steps" and not 0 < value < math.inf:
+                raise ValueError(
+                    f"`{steps}` is {value}; it must be above 0 and finite, or `{strategy}` another than steps."
+                )
         if self.max_steps != -1:
             check_at_least(self, 1, "max_steps")
-        elif self.do_train and not self.num_train_epochs > 0:
-            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; it must be above 0.")
+        elif self.do_train and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; it must be above 0 and finite.")
 
     def _choose_precision(self):
         """bf16 where it is not given and a GPU has it; on the CPU where it is given and there is no GPU."""

@@ -34,14 +34,19 @@ def locked_output(args: TrainingArguments) -> Iterator[None]:
     nothing is left behind.
 
     Raises:
-        `ValueError`: naming the process, host and start of the run that has the folder.
+        `ValueError`: naming the process, host and start of the run that has the folder, or why there can be no folder.
     """
     if fcntl is None or not args.should_save:
         yield
         return
     folder = Path(args.output_dir)
-    is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"`output_dir` is {args.output_dir!r}, which cannot be made a folder: {error.strerror}."
+        ) from error
     file = _take(folder / LOCK_FILE, args.output_dir)
     try:
         yield

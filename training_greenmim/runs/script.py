@@ -6,13 +6,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 
 import datasets
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from .extras import MissingPackageError
 from .processes import leave_processes
 from .trainer import ImageTrainer, NonFiniteLossError
 
@@ -25,7 +25,6 @@ EXPECTED_ERRORS = (
     ValueError,
     OSError,
     StrictDataclassError,
-    MissingPackageError,
     NonFiniteLossError,
     SafetensorError,
     datasets.exceptions.DatasetsError,
@@ -36,8 +35,8 @@ EXPECTED_ERRORS = (
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script from the command line: an error that a user can mend is one message, and exit code 2.
 
-    These are `EXPECTED_ERRORS` and full disks; argparse ends likewise. Any other is a defect and keeps its traceback,
-    as every error does with --debug. Of several processes only the first one prints.
+    These are `EXPECTED_ERRORS`, missing packages and full disks; argparse ends likewise. Any other is a defect and
+    keeps its traceback, as every error does with --debug. Of several processes only the first one prints.
     """
     try:
         main()
@@ -65,7 +64,16 @@ def expected_message(error: Exception) -> str | None:
         )
     if isinstance(error, StrictDataclassError):
         return str(error.__cause__ or error)  # its own message repeats that of its cause under a headline
-    return str(error).strip() if isinstance(error, EXPECTED_ERRORS) else None
+    is_expected = isinstance(error, EXPECTED_ERRORS) or _tells_of_missing_package(error)
+    return str(error).strip() if is_expected else None
+
+
+def _tells_of_missing_package(error: Exception) -> bool:
+    """Whether an error was raised to name a package to install, as `MissingPackageError` and Transformers' are.
+
+    Python's own errors of an import that fails name the module; they are defects.
+    """
+    return isinstance(error, PackageNotFoundError) or (isinstance(error, ImportError) and error.name is None)
 
 
 def _is_full_disk(error: Exception) -> bool:
