@@ -8,13 +8,11 @@ import numpy as np
 import torch
 from transformers.integrations import TensorBoardCallback
 
-from modeling_greenmim.masking import sample_noise
-
 from ..data.image_dataset import EpochShuffle, collate
 from ..randomness import MASK, derived_torch_generator
 from ..runs.card import write_model_card
 from ..runs.trainer import ImageTrainer
-from .collator import MaskedCollator, plan_from_noise
+from .collator import MaskedCollator, draw_plan
 from .pictures import picture_grid, reconstruct
 
 
@@ -33,13 +31,13 @@ class MIMTrainer(ImageTrainer):
                 " `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES=0."
             )
         self.last_picture: str | None = None
+        config, strategy = self.model.config, self.args.mask_strategy
         self.train_collator = MaskedCollator(
-            self.model.config, self.args.seed, self.args.mask_per_sample, self.args.torch_compile
+            config, self.args.seed, self.args.mask_per_sample, self.args.torch_compile, strategy
         )
-        # Every evaluation uses one mask.
-        rows, columns = self.model.config.unit_grid
-        noise = sample_noise(rows * columns, generator=derived_torch_generator(self.args.seed, MASK))
-        self.evaluation_plan = plan_from_noise(self.model.config, noise).to(self.args.device)
+        # Every evaluation uses one mask, drawn as those of training are.
+        generator = derived_torch_generator(self.args.seed, MASK)
+        self.evaluation_plan = draw_plan(config, [generator], strategy).to(self.args.device)
 
     def build_sampler(self, length: int) -> EpochShuffle:
         """Order of the training images; in whole batches for a compiled step, which has one size."""

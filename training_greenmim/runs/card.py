@@ -123,7 +123,8 @@ def _pretraining_recipe(trainer) -> dict:
         "encoder": f"embed_dim {config.embed_dim}, depths {config.depths}, heads {config.num_heads},"
         f" window {config.window_size}",
         "image size": f"{height}x{width} px, patches of {config.patch_size} px",
-        "masks": f"ratio {config.mask_ratio}, one per {'image' if args.mask_per_sample else 'step and process'}",
+        "masks": f"{args.mask_strategy}, ratio {config.mask_ratio}, one per"
+        f" {'image' if args.mask_per_sample else 'step and process'}",
         "target": trainer.model.target.description,
         "optimizer": f"AdamW, betas {args.adam_beta1}/{args.adam_beta2}",
         **_optimization(trainer),
