@@ -39,8 +39,7 @@ from transformers import (
 
 from configuration_greenmim import GreenMIMConfig
 from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, MaskPlan
-from modeling_greenmim.masking import sample_noise
-from training_greenmim.pretraining.collator import plan_from_noise
+from training_greenmim.pretraining.collator import draw_plan
 
 
 IMAGE_SIZE = 224
@@ -54,8 +53,7 @@ SIMMIM_MASK_RATIO = 0.6
 
 def random_plan(config: GreenMIMConfig, static: bool = False) -> MaskPlan:
     """A random mask at the configuration's ratio, planned."""
-    num_units = config.unit_grid[0] * config.unit_grid[1]
-    return plan_from_noise(config, sample_noise(num_units), static)
+    return draw_plan(config, [None], static=static)
 
 
 def loss_on_fresh_masks(model: GreenMIMForPreTraining, static: bool = False) -> Callable:

@@ -33,6 +33,15 @@ def visible_units_from_noise(noise: torch.Tensor, num_units: int, batch_size: in
             f"`noise` has shape {tuple(noise.shape)}, but this input needs (1 or {batch_size}, {num_units}):"
             " one row per mask, at least one, and one value per mask unit."
         )
+    return lowest_units(noise.cpu(), checked_num_visible(num_units, mask_ratio))
+
+
+def checked_num_visible(num_units: int, mask_ratio: float) -> int:
+    """How many units a mask leaves visible.
+
+    Raises:
+        `ValueError`: for a ratio that leaves nothing visible or nothing masked.
+    """
     if not 0 <= mask_ratio <= 1:
         raise ValueError(f"`mask_ratio` is {mask_ratio}, but it must be between 0 and 1.")
     num_visible = count_visible_units(num_units, mask_ratio)
@@ -41,8 +50,12 @@ def visible_units_from_noise(noise: torch.Tensor, num_units: int, batch_size: in
             f"`mask_ratio` is {mask_ratio}, but of {num_units} units it leaves {num_visible} visible;"
             " at least one must be visible and one masked."
         )
-    order = noise.cpu().argsort(dim=1, stable=True)
-    return order[:, :num_visible].sort(dim=1).values
+    return num_visible
+
+
+def lowest_units(noise: torch.Tensor, num_visible: int) -> torch.Tensor:
+    """Units of lowest noise in each row of `(masks, num_units)`, ascending, `(masks, num_visible)`."""
+    return noise.argsort(dim=1, stable=True)[:, :num_visible].sort(dim=1).values
 
 
 def visible_units_from_mask(

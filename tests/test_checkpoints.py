@@ -262,6 +262,7 @@ def test_rotation_deletes_an_abandoned_future_first_then_the_oldest(tmp_path, li
     [
         (("--seed", 1), "seed 42 (now 1)"),
         (("--mask_per_sample",), "mask_per_sample False (now True)"),
+        (("--mask_strategy", "block"), "mask_strategy 'random' (now 'block')"),
         (("--base_learning_rate", 0.2), "learning_rate 0.0015625 (now 0.003125)"),
         (("--per_device_train_batch_size", 2), "total_batch_size 4 (now 2)"),
         (("--min_crop_scale", 0.5), "min_crop_scale 0.2 (now 0.5)"),

@@ -1,6 +1,7 @@
 """Plans: properties that every plan must have, checked against the formula for each pair of tokens."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from modeling_greenmim.packing import choose_groups, pack_statically, pack_windo
 from modeling_greenmim.planning import PlanCache, _windows_and_keys, plan_dense, plan_groups, plan_stages
 from modeling_greenmim.plans import bias_index, num_bytes
 from tests.oracle import bias_row, nested_coordinates, shift_of, tiny_config, window_of
+from training_greenmim.pretraining.masks import MASK_STRATEGIES
 
 
 properties = settings(derandomize=True, deadline=None, max_examples=80)
@@ -330,3 +332,35 @@ def test_static_plans_have_the_same_shapes_for_every_mask(image_size, window, ra
         shapes.add(shapes_of(plan_mask(config, visible, static=True)))
         tight.add(shapes_of(plan_mask(config, visible)))
     assert len(shapes) == 1 and len(tight) > 1
+
+
+@properties
+@given(
+    st.sampled_from(sorted(MASK_STRATEGIES)),
+    st.tuples(st.integers(2, 6), st.integers(2, 6)),
+    st.floats(0, 1),
+    st.integers(2, 5),
+    st.integers(0, 2**16),
+)
+def test_static_plans_serve_the_masks_of_every_strategy(strategy, unit_grid, share, window, seed):
+    """Blocks leave whole windows, a grid leaves parts of all: both are far from what random masks leave."""
+    num_units = unit_grid[0] * unit_grid[1]
+    num_visible = 1 + round(share * (num_units - 2))
+    visible = MASK_STRATEGIES[strategy](unit_grid, num_visible, torch.Generator().manual_seed(seed)).numpy()
+    grid = (2 * unit_grid[0], 2 * unit_grid[1])
+    coordinates = [
+        (unit // unit_grid[1] * 2 + down, unit % unit_grid[1] * 2 + right)
+        for unit in visible[0].tolist()
+        for down, right in nested_coordinates(2)
+    ]
+    (plan, _) = plan_stages(visible, grid, (window, 1), static=True)
+    for block in (0, 1):
+        check_plan(plan.groups[block], 0, coordinates, grid, window, shift_of(block, grid, window))
+
+
+@pytest.mark.parametrize(("strategy", "rare"), [("grid", 0), ("block", 0.1)])
+def test_static_plans_seldom_need_other_shapes_for_other_strategies(strategy, rare):
+    config = GreenMIMConfig()
+    draws = [MASK_STRATEGIES[strategy]((7, 7), 12, torch.Generator().manual_seed(seed)) for seed in range(100)]
+    shapes = Counter(shapes_of(plan_mask(config, visible, static=True)) for visible in draws)
+    assert len(draws) - max(shapes.values()) <= rare * len(draws)

@@ -85,6 +85,13 @@ def test_ramps_of_every_direction_fall_into_the_librarys_bin(degrees):
     assert inner.argmax() == degrees % 180 // 20 and inner.max() > 0.999
 
 
+def test_angles_that_single_precision_rounds_to_180_degrees_are_in_the_last_bin():
+    image = torch.zeros(1, 1, 8, 8)
+    image[0, 0, 4, 3], image[0, 0, 4, 5], image[0, 0, 5, 4] = 1, -1, 1e-8
+    targets = assert_equals_library(image, 8)
+    assert targets[0, 0, 8] > 0.3
+
+
 def test_flat_images_are_0():
     assert (HogTarget(hog_config()).targets(torch.full((1, 3, 32, 32), 7.0)) == 0).all()
 

@@ -414,7 +414,11 @@ def test_model_card_tells_data_recipe_results_and_command(finished):
     card = card_of(finished)
     assert "`data`: 14 for training and 5 for evaluation. 2 of them could not be read." in card
     assert "| steps | 8 |" in card and "| batch | 4 |" in card and "AdamW, betas 0.9/0.95" in card
-    assert "| epochs | 2" in card and "ratio 0.75" in card and "8x8 px" in card
+    assert (
+        "| epochs | 2" in card
+        and "| masks | random, ratio 0.75, one per step and process |" in card
+        and "8x8 px" in card
+    )
     assert f"| eval_loss | {results_of(finished)['eval_loss']:.5g} |" in card
     assert "predicts the hidden ones (pixels normalised per unit)" in card
     assert "(loss_curve.png)" in card and "(reconstruction.png)" in card

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from transformers.integrations import TensorBoardCallback
 
-from modeling_greenmim.masking import sample_noise
+from modeling_greenmim import MaskPlan
 
 from ..data.image_dataset import EpochShuffle, collate
 from ..randomness import MASK, derived_torch_generator
 from ..runs.card import write_model_card
 from ..runs.processes import on_main_process
 from ..runs.trainer import ImageTrainer
-from .collator import MaskedCollator, plan_from_noise
+from .collator import MaskedCollator, draw_plan, plan_by_saliency
+from .masks import ATTENTIVE
 from .pictures import picture_grid, reconstruct
 from .teacher import Stopwatch, Teacher, TeacherTargets, resized
 
@@ -46,22 +47,25 @@ class MIMTrainer(ImageTrainer):
                 " `accelerate launch`, or choose one with CUDA_VISIBLE_DEVICES=0."
             )
         self.last_picture: str | None = None
+        config, strategy = self.model.config, self.args.mask_strategy
         self.train_collator = MaskedCollator(
-            self.model.config, self.args.seed, self.args.mask_per_sample, self.args.torch_compile
+            config, self.args.seed, self.args.mask_per_sample, self.args.torch_compile, strategy
         )
-        # Every evaluation uses one mask.
-        config = self.model.config
-        self.evaluation_plan = None
-        if config.mask_ratio > 0:
-            rows, columns = config.unit_grid
-            noise = sample_noise(rows * columns, generator=derived_torch_generator(self.args.seed, MASK))
-            self.evaluation_plan = plan_from_noise(config, noise).to(self.args.device)
+        # Every evaluation uses one mask, drawn as those of training are, but for those that a teacher has a say in.
+        generator, of_evaluation = derived_torch_generator(self.args.seed, MASK), strategy
+        if strategy == ATTENTIVE:
+            of_evaluation = "random"
+        self.evaluation_plan = draw_plan(config, [generator], of_evaluation)
+        if self.evaluation_plan is not None:
+            self.evaluation_plan = self.evaluation_plan.to(self.args.device)
         self.teacher, self.teacher_time = teacher, Stopwatch(self.args.device)
         self._check_teacher()
         self.teacher_targets: TeacherTargets | None = None
 
     def _check_teacher(self):
         config, teacher = self.model.config, self.teacher
+        if teacher is None and self.args.mask_strategy == ATTENTIVE:
+            raise ValueError(f"`mask_strategy` is {ATTENTIVE!r}, but there is no `teacher` that could attend.")
         if (teacher is not None) != (config.reconstruction_target == "features"):
             needed = "features, so a `teacher` is needed" if teacher is None else "no features of a `teacher`"
             raise ValueError(
@@ -89,8 +93,10 @@ class MIMTrainer(ImageTrainer):
         """Loss of a batch of uint8 images; in training it stops at a loss that is not finite."""
         self.report_unreadable(inputs["unreadable"])
         pixel_values = self.normalize(inputs["pixel_values"])
-        plan = inputs["plan"] if model.training else self.evaluation_plan
-        outputs = model(pixel_values=pixel_values, plan=plan, targets=self.targets_of(inputs))
+        features = None if self.teacher is None else self.features_of(inputs)
+        targets = None if features is None else self.teacher_targets(features)
+        plan = self.plan_of(inputs, features) if model.training else self.evaluation_plan
+        outputs = model(pixel_values=pixel_values, plan=plan, targets=targets)
         if model.training:
             self.check_finite(outputs.loss)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -99,17 +105,21 @@ class MIMTrainer(ImageTrainer):
         """uint8 images, which may be larger for a teacher -> float images as the model takes them."""
         return super().normalize(resized(pixel_values, self.model.config.image_height_and_width))
 
-    def targets_of(self, inputs: dict) -> torch.Tensor | None:
-        """What the teacher says of a batch, `(batch, num_units, width)`; None without a teacher."""
-        if self.teacher is None:
-            return None
+    def features_of(self, inputs: dict) -> torch.Tensor:
+        """The teacher's features of a batch, `(batch, rows, columns, width)`: those that it brings, or new ones."""
         if self.teacher_targets is None:
             self.teacher_targets = self.build_teacher_targets()
-        features = inputs.get("features")
-        if features is None:
-            with self.teacher_time:
-                features = self.teacher.features(inputs["pixel_values"])
-        return self.teacher_targets(features)
+        if "features" in inputs:
+            return inputs["features"]
+        with self.teacher_time:
+            return self.teacher.features(inputs["pixel_values"])
+
+    def plan_of(self, inputs: dict, features: torch.Tensor | None) -> MaskPlan | None:
+        """The plan of a batch; of masks that a teacher has a say in, and that lacked its features, it is made here."""
+        if "mask_noise" not in inputs:
+            return inputs["plan"]
+        config, noise = self.model.config, inputs["mask_noise"].cpu()
+        return plan_by_saliency(config, features, noise, self.args.torch_compile).to(self.args.device)
 
     def build_teacher_targets(self) -> TeacherTargets:
         """Targets of the configured loss; the mean that cosines are taken from is kept in the output folder."""

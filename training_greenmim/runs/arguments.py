@@ -14,6 +14,7 @@ import transformers
 from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
+from ..pretraining.masks import STRATEGY_NAMES
 from .argument_files import SUFFIXES, read_argument_file
 from .energy import check_country
 from .extras import require
@@ -261,10 +262,20 @@ class ImageTrainingArguments(TrainingArguments):
 
 @dataclass
 class MIMTrainingArguments(ImageTrainingArguments):
-    """`TrainingArguments` with the defaults of GreenMIM's recipe, and what masked image modeling adds."""
+    """`TrainingArguments` with the defaults of GreenMIM's recipe, and what masked image modeling adds.
+
+    Raises:
+        `ValueError`: for numbers out of range, and mask strategies that there are not.
+    """
 
     mask_per_sample: bool = field(
         default=False, metadata={"help": "Draw a mask for each image instead of one for each step and process."}
+    )
+    mask_strategy: str = field(
+        default="random",
+        metadata={
+            "help": f"How visible units are chosen: one of {', '.join(STRATEGY_NAMES)} (what stands out for a teacher)."
+        },
     )
     num_pictures: int = field(default=4, metadata={"help": "Images in the picture that each evaluation makes."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
@@ -275,6 +286,10 @@ class MIMTrainingArguments(ImageTrainingArguments):
 
     def __post_init__(self):
         check_at_least(self, 0, "num_pictures")
+        if self.mask_strategy not in STRATEGY_NAMES:
+            raise ValueError(
+                f"`mask_strategy` is {self.mask_strategy!r}; it must be one of {', '.join(STRATEGY_NAMES)}."
+            )
         super().__post_init__()
 
 

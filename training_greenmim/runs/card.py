@@ -56,9 +56,8 @@ PRETRAINED = (
 
 # {title}
 
-A {backbone} transformer pre-trained with [GreenMIM](https://huggingface.co/papers/2205.13515): {mask_percent} % of
-each image is hidden in units of {unit}x{unit} px, the encoder runs on the visible units only, and a small decoder
-predicts the hidden ones ({target}). It holds encoder and decoder; the encoder is what later tasks start from.
+A {backbone} transformer pre-trained with [GreenMIM](https://huggingface.co/papers/2205.13515): {method} It holds encoder
+and decoder; the encoder is what later tasks start from.
 
 ## Use
 
@@ -69,8 +68,8 @@ processor = AutoImageProcessor.from_pretrained("{location}", trust_remote_code=T
 model = AutoModel.from_pretrained("{location}", trust_remote_code=True)
 ```
 
-The model was not trained to classify anything. What it learned comes from the images below alone; on other kinds of
-images it may be of no use.
+The model was not trained to classify anything. What it learned comes from the images below{and_from}; on other kinds
+of images it may be of no use.
 
 """
     + RUN
@@ -123,8 +122,10 @@ def _pretraining_recipe(trainer) -> dict:
         "encoder": f"embed_dim {config.embed_dim}, depths {config.depths}, heads {config.num_heads},"
         f" window {config.window_size}",
         "image size": f"{height}x{width} px, patches of {config.patch_size} px",
-        "masks": f"ratio {config.mask_ratio}, one per {'image' if args.mask_per_sample else 'step and process'}",
+        "masks": f"{args.mask_strategy}, ratio {config.mask_ratio}, one per"
+        f" {'image' if args.mask_per_sample else 'step and process'}",
         "target": trainer.model.target.description,
+        **({"teacher": str(trainer.teacher.facts)} if trainer.teacher else {}),
         "optimizer": f"AdamW, betas {args.adam_beta1}/{args.adam_beta2}",
         **_optimization(trainer),
     }
@@ -240,11 +241,24 @@ def write_model_card(trainer, facts: RunFacts) -> None:
         },
         recipe=_table(_pretraining_recipe(trainer)),
         pictures=pictures,
-        mask_percent=f"{100 * config.mask_ratio:g}",
-        unit=config.encoder_stride,
-        target=trainer.model.target.description,
+        method=_method(trainer.model, trainer.teacher),
+        and_from=" and from its teacher" if trainer.teacher else " alone",
         backbone=config.backbone_type.capitalize(),
     )
+
+
+def _method(model, teacher) -> str:
+    """What was done, in a sentence or two."""
+    config = model.config
+    hidden = (
+        f"{100 * config.mask_ratio:g} % of each image is hidden in units of {config.encoder_stride}x"
+        f"{config.encoder_stride} px, the encoder runs on the visible units only, and"
+    )
+    target = model.target.description if teacher is None else f"features of a frozen teacher, `{teacher.facts.name}`"
+    if not model.decoder.predicts_visible_only:
+        return f"{hidden} a small decoder predicts {'the hidden' if config.loss_on == 'masked' else 'all'} ones ({target})."
+    hidden = f"{hidden} its" if config.mask_ratio else "The encoder's"
+    return f"{hidden} features become those of a frozen teacher, `{teacher.facts.name}`."
 
 
 def write_classifier_card(trainer, facts: RunFacts) -> None:
