@@ -274,7 +274,7 @@ class MIMTrainingArguments(ImageTrainingArguments):
     mask_strategy: str = field(
         default="random",
         metadata={
-            "help": f"How visible units are chosen: one of {', '.join(STRATEGY_NAMES)} (what stands out for a teacher)."
+            "help": f"How visible units are chosen: {', '.join(STRATEGY_NAMES)} (what stands out for a teacher)."
         },
     )
     num_pictures: int = field(default=4, metadata={"help": "Images in the picture that each evaluation makes."})

@@ -56,8 +56,8 @@ PRETRAINED = (
 
 # {title}
 
-A {backbone} transformer pre-trained with [GreenMIM](https://huggingface.co/papers/2205.13515): {method} It holds encoder
-and decoder; the encoder is what later tasks start from.
+A {backbone} transformer pre-trained with [GreenMIM](https://huggingface.co/papers/2205.13515): {method} It holds
+encoder and decoder; the encoder is what later tasks start from.
 
 ## Use
 
@@ -256,7 +256,8 @@ def _method(model, teacher) -> str:
     )
     target = model.target.description if teacher is None else f"features of a frozen teacher, `{teacher.facts.name}`"
     if not model.decoder.predicts_visible_only:
-        return f"{hidden} a small decoder predicts {'the hidden' if config.loss_on == 'masked' else 'all'} ones ({target})."
+        ones = "the hidden ones" if config.loss_on == "masked" else "all units"
+        return f"{hidden} a small decoder predicts {ones} ({target})."
     hidden = f"{hidden} its" if config.mask_ratio else "The encoder's"
     return f"{hidden} features become those of a frozen teacher, `{teacher.facts.name}`."
 
