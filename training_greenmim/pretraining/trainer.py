@@ -1,8 +1,9 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""`Trainer` for masked image modeling, with pictures of reconstructions."""
+"""`Trainer` for masked image modeling, with monitors of features and pictures of reconstructions."""
 
 import itertools
 import os
+import time
 
 import numpy as np
 import torch
@@ -10,23 +11,33 @@ from transformers.integrations import TensorBoardCallback
 
 from modeling_greenmim.masking import sample_noise
 
-from ..data.image_dataset import EpochShuffle, collate
+from ..data.image_dataset import EpochShuffle, ImageDataset, collate
 from ..randomness import MASK, derived_torch_generator
 from ..runs.card import write_model_card
+from ..runs.processes import on_main_process
 from ..runs.trainer import ImageTrainer
+from .advice import Advice
 from .collator import MaskedCollator, plan_from_noise
+from .monitors import check_metric, measure
+from .monitors.features import FeatureReader
 from .pictures import picture_grid, reconstruct
 
 
 class MIMTrainer(ImageTrainer):
     """Trains `GreenMIMForPreTraining`; masks are derived from (seed, sample key) in the loader's workers.
 
+    Args:
+        probe_dataset: images whose features evaluations look at, labelled ones; None = those of the evaluation.
+        args, kwargs: those of `ImageTrainer`.
+
     Raises:
-        `ValueError`: where one process sees several GPUs, which `Trainer` would give parts of a batch and whole plans.
+        `ValueError`: where one process sees several GPUs, which `Trainer` would give parts of a batch and whole plans,
+            and for a `metric_for_best_model` that needs labels where there are none.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, probe_dataset: ImageDataset | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        check_metric(self.args.metric_for_best_model, has_labels=probe_dataset is not None)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"`n_gpu` is {self.args.n_gpu}: this process sees several GPUs. Start one process for each with"
@@ -40,6 +51,10 @@ class MIMTrainer(ImageTrainer):
         rows, columns = self.model.config.unit_grid
         noise = sample_noise(rows * columns, generator=derived_torch_generator(self.args.seed, MASK))
         self.evaluation_plan = plan_from_noise(self.model.config, noise).to(self.args.device)
+        monitored = self.eval_dataset if probe_dataset is None else probe_dataset
+        self.feature_reader = None if monitored is None else FeatureReader(monitored)
+        self.advice = Advice(self)
+        self.add_callback(self.advice)
 
     def build_sampler(self, length: int) -> EpochShuffle:
         """Order of the training images; in whole batches for a compiled step, which has one size."""
@@ -61,6 +76,21 @@ class MIMTrainer(ImageTrainer):
         inputs = self.on_device(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As `Trainer`'s, with what the monitors measure and the seconds that they took (`eval_monitors_runtime`)."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        found = self.measure_features() if self.feature_reader is not None else {}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def measure_features(self) -> dict[str, float]:
+        """What the monitors find in the features of the model as it is; every process takes part."""
+        start = time.perf_counter()
+        features = self.feature_reader.read(self)
+        found = on_main_process(self.args, lambda: measure(features))
+        self.advice.look_at(self.feature_reader.first_images)
+        return {**found, "monitors_runtime": round(time.perf_counter() - start, 4)}
 
     def evaluate(self, *args, **kwargs):
         """Evaluates on the fixed mask, then draws what the model reconstructs."""
