@@ -232,7 +232,7 @@ def test_images_are_the_same_at_each_evaluation_and_for_every_seed(tmp_path):
 
 @pytest.mark.parametrize(
     ("strategy", "steps", "images", "expected"),
-    [("no", 1, 100, MAX_IMAGES), ("steps", 500, 100, 640), ("steps", 10, 100, 256), ("epoch", 1, 10**6, MAX_IMAGES)],
+    [("no", 1, 100, MAX_IMAGES), ("steps", 500, 100, 480), ("steps", 10, 100, 256), ("epoch", 1, 10**6, MAX_IMAGES)],
 )
 def test_number_of_images_follows_from_what_is_trained_between_evaluations(
     tmp_path, strategy, steps, images, expected

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 # Images that are looked at, at most: so many tell differences of a point.
 MAX_IMAGES = 4096
-# One for so many that are trained on between evaluations: encoding a whole image costs at most what a training step
-# does for one, so monitors take less than 2 % of the time. But not so few that they tell nothing.
-TRAINED_PER_IMAGE, MIN_IMAGES = 50, 256
+# Share of the time of training that they may take, but not so few that they tell nothing.
+SHARE_OF_TRAINING, MIN_IMAGES = 0.02, 256
 # Of a stream, which is read once.
 MAX_STREAMED_IMAGES = 512
 # Images that take no more memory than this, in bytes, are kept decoded: reading files costs more than the encoder.
@@ -118,7 +117,10 @@ class FeatureReader:
 
 
 def affordable_images(trainer: "MIMTrainer") -> int:
-    """How many images may be looked at, given how many are trained on from one evaluation to the next."""
+    """How many images may be looked at, given how many are trained on from one evaluation to the next.
+
+    A training step takes at least three forwards of the visible units, and a look one of all units.
+    """
     args, images = trainer.args, trainer.train_dataset
     if args.eval_strategy == "steps":
         trained = trainer.state.eval_steps * args.total_batch_size
@@ -126,7 +128,8 @@ def affordable_images(trainer: "MIMTrainer") -> int:
         trained = len(images)
     else:
         return MAX_IMAGES
-    return min(MAX_IMAGES, max(MIN_IMAGES, trained // TRAINED_PER_IMAGE))
+    looks_per_step = 3 * (1 - trainer.model.config.mask_ratio)
+    return min(MAX_IMAGES, max(MIN_IMAGES, int(SHARE_OF_TRAINING * looks_per_step * trained)))
 
 
 def spread_units(num_units: int, num_images: int, width: int) -> list[int]:
