@@ -20,12 +20,14 @@ from transformers import AutoImageProcessor, AutoModelForPreTraining, set_seed
 
 from modeling_greenmim import GreenMIMConfig, GreenMIMForPreTraining
 from modeling_greenmim.image_processing_greenmim import build_image_processor
-from training_greenmim.data.image_dataset import ImageDataset
+from training_greenmim.data import labels
+from training_greenmim.data.image_dataset import EveryImage, ImageDataset
 from training_greenmim.data.readers import (
     DataSource,
     check_first_readable,
     decoded_once,
     find_image_column,
+    load_class_folders,
     read_records,
     undecoded,
 )
@@ -77,6 +79,16 @@ class DataArguments(ImageDataArguments):
 
     streaming: bool = field(default=False, metadata={"help": "Read the data set as a stream; needs max_steps."})
     min_crop_scale: float = field(default=0.2, metadata={"help": "Smallest share of an image's area that is cropped."})
+    probe_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder with a sub-folder for each class: evaluations tell how well the features separate these"
+            " classes; default: the evaluation images, where a data set has labels. Training sees no label."
+        },
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the labels of a data set's evaluation images, for the same."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -88,12 +100,19 @@ class DataArguments(ImageDataArguments):
             raise ValueError(f"`validation_dir` is {self.validation_dir!r}, but there is no `train_dir`.")
         if self.streaming and not self.dataset_name:
             raise ValueError("`streaming` is for a `dataset_name`; folders of images are read as they are.")
+        if self.label_column_name and (self.probe_dir or not self.dataset_name or self.streaming):
+            raise ValueError(
+                f"`label_column_name` is {self.label_column_name!r}, which is for a `dataset_name` that is no stream;"
+                " folders have their labels in `probe_dir`."
+            )
         if not 0 < self.min_crop_scale <= 1:
             raise ValueError(f"`min_crop_scale` is {self.min_crop_scale}; it must be in (0, 1].")
 
 
 def load_data(data: DataArguments, args: MIMTrainingArguments):
     """Training and evaluation records, the name of the image column, and what the data is called in messages.
+
+    Evaluation records of a data set keep their label column, if they have one.
 
     Raises:
         `ValueError`: when there is nothing to evaluate on but evaluation is asked for, or `max_steps` lacks.
@@ -103,19 +122,36 @@ def load_data(data: DataArguments, args: MIMTrainingArguments):
     if "validation" in parts:
         validation = parts["validation"].records
     column = find_image_column(train, data.image_column_name)
-    train = undecoded(train, column)
+    kept = label_columns(train if validation is None else validation, data)
     if validation is not None:
-        validation = undecoded(validation, column)
+        validation = undecoded(validation, column, *kept)
     elif args.do_eval and data.streaming:
         raise ValueError("`do_eval` is set, but the stream has no split validation or test.")
     elif args.do_eval:
-        train, validation = held_out(train, data, args.seed, argument)
+        train, validation = held_out(undecoded(train, column, *kept), data, args.seed, argument)
+    train = undecoded(train, column)
     if data.streaming and args.decode_once:
         raise ValueError("`decode_once` is set, but a stream is not kept; give one of `decode_once` and `streaming`.")
     if data.streaming and args.do_train and args.max_steps <= 0:
         raise ValueError("`streaming` is set: a stream has no known length, so `max_steps` is needed.")
     train, validation = first_records(train, data.max_train_samples), first_records(validation, data.max_eval_samples)
     return train, validation, column, argument
+
+
+def label_columns(records, data: DataArguments) -> list[str]:
+    """The label column of evaluation records, where there is one; streams are read without.
+
+    Raises:
+        `ValueError`: when the column that was named does not exist.
+    """
+    if data.probe_dir or data.streaming:
+        return []
+    try:
+        return [labels.find_label_column(records, data.label_column_name)]
+    except ValueError:
+        if data.label_column_name is not None:
+            raise
+        return []
 
 
 def held_out(records, data: DataArguments, seed: int, argument: str) -> tuple:
@@ -178,6 +214,42 @@ def build_datasets(
     return train_dataset, eval_dataset
 
 
+def build_probe(data: DataArguments, args: MIMTrainingArguments, config, evaluation) -> EveryImage | None:
+    """Labelled images for the monitors: those of `probe_dir`, or the evaluation images of a data set with labels.
+
+    Raises:
+        `ValueError`: for a `probe_dir`, or a `label_column_name`, that does not tell classes apart.
+    """
+    if not args.do_eval:
+        return None
+    size, channels = config.image_height_and_width, config.num_channels
+    if data.probe_dir:
+        records = load_class_folders(data.probe_dir, "probe_dir")
+        labels.check_classes(records, "probe_dir")
+        check_first_readable(records, "image", size, channels, "probe_dir")
+    else:
+        records = labelled_records(evaluation, data)
+    if records is None:
+        return None
+    return EveryImage(records, "image", EvalTransform(size, channels), args.seed, labels.LABEL)
+
+
+def labelled_records(evaluation, data: DataArguments):
+    """The records of evaluation images with their classes; None where they have none, or too few to tell apart."""
+    if data.streaming or len(evaluation.records.features) < 2:
+        return None
+    others = [name for name in evaluation.records.features if name != evaluation.column]
+    try:
+        records = labels.prepare(evaluation.records, "dataset_name", evaluation.column, *others)
+        labels.check_classes(records, "dataset_name")
+    except ValueError as error:
+        if data.label_column_name is not None:
+            raise
+        logger.info(f"Evaluations go without k-NN and linear probe: {error}")
+        return None
+    return records
+
+
 def build_model(
     model_args: ModelArguments, target: TargetArguments, args: MIMTrainingArguments, checkpoint: str | None = None
 ) -> tuple:
@@ -234,6 +306,8 @@ def main(argv: list[str] | None = None) -> None:
     model_args, target_args, data_args, args = parse_arguments(ARGUMENTS, argv, recipe_defaults)
     if not (args.do_train or args.do_eval):
         raise ValueError("Nothing to do: give `do_train`, `do_eval` or both.")
+    if data_args.probe_dir and not args.do_eval:
+        raise ValueError(f"`probe_dir` is {data_args.probe_dir!r}, which evaluations look at: give `do_eval` too.")
     args.set_up_logging()
     with locked_output(args):
         run(model_args, target_args, data_args, args, argv)
@@ -257,6 +331,7 @@ def run(
         args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
+        probe_dataset=build_probe(data_args, args, model.config, eval_dataset),
         image_processor=image_processor,
         teacher=teacher,
         facts=describe_run(

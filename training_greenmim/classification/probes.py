@@ -177,10 +177,18 @@ class NeighbourHead(nn.Module):
         In single precision, whatever that of the model: in half of it many neighbours would be equally near.
         """
         with torch.autocast(features.device.type, enabled=False):
-            similarity, nearest = (nn.functional.normalize(features.float(), dim=1) @ self.bank.T).topk(self.k)
-            shares = torch.zeros(len(features), self.num_labels, device=features.device)
-            shares.scatter_add_(1, self.labels[nearest], (similarity / self.temperature).softmax(dim=1))
-            return shares.clamp(min=1e-6).log()  # finite for classes without votes
+            return self.vote(self.similarity(features))
+
+    def similarity(self, features: torch.Tensor) -> torch.Tensor:
+        """Cosine similarity of `(batch, width)` features and the bank, `(batch, num_images)`."""
+        return nn.functional.normalize(features.float(), dim=1) @ self.bank.T
+
+    def vote(self, similarity: torch.Tensor) -> torch.Tensor:
+        """`(batch, num_images)` similarities to the bank -> logarithm of each class's share of the votes."""
+        similarity, nearest = similarity.topk(self.k)
+        shares = torch.zeros(len(similarity), self.num_labels, device=similarity.device)
+        shares.scatter_add_(1, self.labels[nearest], (similarity / self.temperature).softmax(dim=1))
+        return shares.clamp(min=1e-6).log()  # finite for classes without votes
 
 
 def check_neighbours(k: int, num_images: int) -> None:

@@ -1,9 +1,10 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""`Trainer` for masked image modeling, with pictures of reconstructions."""
+"""`Trainer` for masked image modeling, with monitors of features and pictures of reconstructions."""
 
 import itertools
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,16 @@ from transformers.integrations import TensorBoardCallback
 
 from modeling_greenmim import MaskPlan
 
-from ..data.image_dataset import EpochShuffle, collate
+from ..data.image_dataset import EpochShuffle, ImageDataset, collate
 from ..randomness import MASK, derived_torch_generator
 from ..runs.card import write_model_card
 from ..runs.processes import on_main_process
 from ..runs.trainer import ImageTrainer
+from .advice import Advice
 from .collator import MaskedCollator, draw_plan, plan_by_saliency
 from .masks import ATTENTIVE
+from .monitors import check_metric, measure
+from .monitors.features import FeatureReader
 from .pictures import picture_grid, reconstruct
 from .teacher import Stopwatch, Teacher, TeacherTargets, resized
 
@@ -32,15 +36,18 @@ class MIMTrainer(ImageTrainer):
 
     Args:
         teacher: whose features are predicted; None for other targets.
+        probe_dataset: images whose features evaluations look at, labelled ones; None = those of the evaluation.
         args, kwargs: those of `ImageTrainer`.
 
     Raises:
         `ValueError`: where one process sees several GPUs, which `Trainer` would give parts of a batch and whole plans;
-            where the model predicts features and there is no teacher, one of other features or on another device.
+            where the model predicts features and there is no teacher, one of other features or on another device; and
+            for a `metric_for_best_model` that needs labels where there are none.
     """
 
-    def __init__(self, *args, teacher: Teacher | None = None, **kwargs):
+    def __init__(self, *args, teacher: Teacher | None = None, probe_dataset: ImageDataset | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        check_metric(self.args.metric_for_best_model, has_labels=probe_dataset is not None)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"`n_gpu` is {self.args.n_gpu}: this process sees several GPUs. Start one process for each with"
@@ -61,6 +68,10 @@ class MIMTrainer(ImageTrainer):
         self.teacher, self.teacher_time = teacher, Stopwatch(self.args.device)
         self._check_teacher()
         self.teacher_targets: TeacherTargets | None = None
+        monitored = self.eval_dataset if probe_dataset is None else probe_dataset
+        self.feature_reader = None if monitored is None else FeatureReader(monitored)
+        self.advice = Advice(self)
+        self.add_callback(self.advice)
 
     def _check_teacher(self):
         config, teacher = self.model.config, self.teacher
@@ -157,6 +168,21 @@ class MIMTrainer(ImageTrainer):
         inputs = self.on_device(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """As `Trainer`'s, with what the monitors measure and the seconds that they took (`eval_monitors_runtime`)."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        found = self.measure_features() if self.feature_reader is not None else {}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
+        return output
+
+    def measure_features(self) -> dict[str, float]:
+        """What the monitors find in the features of the model as it is; every process takes part."""
+        start = time.perf_counter()
+        features = self.feature_reader.read(self)
+        found = on_main_process(self.args, lambda: measure(features))
+        self.advice.look_at(self.feature_reader.first_images)
+        return {**found, "monitors_runtime": round(time.perf_counter() - start, 4)}
 
     def evaluate(self, *args, **kwargs):
         """Evaluates on the fixed mask, then draws what the model reconstructs, if it reconstructs pixels."""
