@@ -429,8 +429,10 @@ def test_model_card_tells_data_recipe_results_and_command(finished):
     assert model.config_overrides == OVERRIDES
     loaded = ModelCard.load(finished / "README.md")
     assert "greenmim" in loaded.data.tags and loaded.data.library_name == "transformers"
-    (result,) = loaded.data.eval_results
-    assert (result.dataset_name, result.metric_type) == ("data", "loss")
+    measured = {result.metric_type: result for result in loaded.data.eval_results}
+    assert set(measured) == {"loss", "feature_std"}, "the images are too few for RankMe, and have no labels"
+    result = measured["loss"]
+    assert result.dataset_name == "data"
     assert result.metric_value == pytest.approx(results_of(finished)["eval_loss"], rel=1e-4)
 
 
