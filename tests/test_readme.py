@@ -32,7 +32,9 @@ import run_image_classification
 import run_mim
 from modeling_greenmim import GreenMIMForImageClassification
 from modeling_greenmim.image_processing_greenmim import build_image_processor
+from tests.test_teacher import write_teacher
 from tests.training_helpers import noise_image, tiny_config, write_class_folders, write_images, write_pretrained
+from training_greenmim.pretraining.targets import TargetArguments
 from training_greenmim.runs.arguments import ClassificationTrainingArguments, MIMTrainingArguments
 from training_greenmim.runs.models import build_config
 
@@ -185,6 +187,7 @@ def made(tmp_path_factory) -> Path:
     write_class_folders(folder / "validation", {"red": 4, "blue": 4}, first_seed=500)
     write_model(folder / "outputs" / "photos")
     write_model(folder / "outputs" / "classifier", classes=2)
+    write_teacher(folder / "facebook" / "dinov2-small", "dinov2")
     shutil.copytree(ROOT / "examples", folder / "examples")
     return folder
 
@@ -350,6 +353,7 @@ def known_flags() -> set[str]:
     """Of the scripts, of the conversion, of what starts them, and of the benchmarks."""
     parts = [MIMTrainingArguments, ClassificationTrainingArguments]
     parts += [kind for script in SCRIPTS.values() for kind in (script.ModelArguments, script.DataArguments)]
+    parts.append(TargetArguments)
     known = {field.name for part in parts for field in fields(part)} | {"help", "debug"}
     sources = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "modeling_greenmim").rglob("*.py")]
     for source in [*sources, *(ROOT / "training_greenmim").rglob("*.py"), *ROOT.glob("run_*.py")]:

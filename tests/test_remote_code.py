@@ -24,8 +24,8 @@ from tests.oracle import tiny_config
 
 CODE = [
     *("attention.py", "blocks.py", "compat.py", "configuration_greenmim.py", "decoder.py", "encoders.py"),
-    *("hog.py", "layout.py", "masking.py", "modeling_greenmim.py", "packing.py", "planning.py", "plans.py"),
-    *("resizing.py", "swin.py", "targets.py", "twins.py"),
+    *("hog.py", "layout.py", "losses.py", "masking.py", "modeling_greenmim.py", "packing.py", "planning.py"),
+    *("plans.py", "resizing.py", "swin.py", "targets.py", "twins.py"),
 ]
 PROCESSOR_CODE = ["image_processing_greenmim.py", "pixels.py"]
 # The project may be installed for development: its packages are hidden from this interpreter.

@@ -41,6 +41,7 @@ from tests.training_helpers import (
     write_images,
     write_webdataset,
 )
+from training_greenmim.pretraining.targets import TargetArguments
 from training_greenmim.runs.arguments import MIMTrainingArguments, parse_arguments
 from training_greenmim.runs.models import MODEL_SIZES, build_config, parse_overrides
 
@@ -106,7 +107,7 @@ def test_held_out_share_is_disjoint_and_fixed_by_the_seed(tmp_path):
     def split(seed):
         argv = flags(tmp_path / "out", "--train_dir", tmp_path / "data", "--do_train", "--do_eval", "--seed", seed)
         _, data, args = parse_run_mim([*argv, "--train_val_split", "0.25"])
-        train, evaluation = run_mim.build_datasets(data, args, tiny_config())
+        train, evaluation = run_mim.build_datasets(data, TargetArguments(), args, tiny_config(), teacher=None)
         return tuple({record["path"] for record in part.records["image"]} for part in (train, evaluation))
 
     (train, evaluation), again, other = split(1), split(1), split(2)

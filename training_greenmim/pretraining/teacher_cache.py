@@ -8,8 +8,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from huggingface_hub.utils import tqdm
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..data.image_dataset import ImageDataset
