@@ -47,6 +47,10 @@ from tests.training_helpers import (
     write_images,
     write_pretrained,
 )
+from training_greenmim.data.image_dataset import ImageDataset
+from training_greenmim.data.readers import load_folder
+from training_greenmim.data.transforms import TrainTransform
+from training_greenmim.pretraining import trainer as pretraining
 from training_greenmim.pretraining.masks import gumbel_noise, saliency, salient_units
 from training_greenmim.pretraining.teacher import TeacherTargets, load_teacher
 from training_greenmim.pretraining.teacher_cache import FixedViews
@@ -383,6 +387,27 @@ def test_cached_features_are_the_teachers_own(data):
     run(data / "again", *teaching(data, "--cache_teacher", data / "cache"))
     assert (place / "features.npy").stat().st_mtime_ns == before, "the teacher did not run again"
     assert_same_weights(data / "again", data / "out")
+
+
+def test_a_teacher_of_the_same_name_with_other_weights_has_another_cache(data):
+    run(data / "out", *teaching(data, "--cache_teacher", data / "cache"))
+    torch.manual_seed(1)
+    TEACHERS["vit"][0]().save_pretrained(data / "teacher")
+    run(data / "again", *teaching(data, "--cache_teacher", data / "cache"))
+    first, second = (np.load(place / "features.npy") for place in (data / "cache").iterdir())
+    assert np.abs(first.astype(np.float32) - second).max() > 0.1
+
+
+def test_the_mean_is_that_of_images_from_all_over_the_data_set(data, monkeypatch):
+    """Every third one of 24, where 8 are to be taken."""
+    monkeypatch.setattr(pretraining, "MEAN_OF", 8)
+    run(data / "out", *teaching(data))
+    mean = json.loads((data / "out" / "teacher_mean.json").read_text())
+    teacher, total = load_teacher(str(data / "teacher"), 3, (32, 32)), torch.zeros(16)
+    dataset = ImageDataset(load_folder(str(data / "data"), "train_dir"), "image", TrainTransform((32, 32), 3), 42)
+    for index in range(0, 24, 3):
+        total += teacher.features(dataset[index]["pixel_values"][None]).mean(dim=(0, 1, 2)) / 8
+    torch.testing.assert_close(torch.tensor(mean), total, atol=1e-5, rtol=0)
 
 
 def test_an_interrupted_cache_goes_on_where_it_was(data):

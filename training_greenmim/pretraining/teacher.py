@@ -5,6 +5,7 @@ MaskAlign (https://huggingface.co/papers/2211.08887), MILAN (https://huggingface
 (https://huggingface.co/papers/2209.03917).
 """
 
+import hashlib
 import inspect
 import math
 import time
@@ -64,6 +65,13 @@ class Teacher:
     def device(self) -> torch.device:
         """Where it computes."""
         return self.model.device
+
+    def checksum(self) -> str:
+        """Tells teachers of one name apart, such as a folder before and after another training."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _try_out(self) -> tuple[tuple[int, int], int]:
         """Rows and columns of its map, and the width of its features."""

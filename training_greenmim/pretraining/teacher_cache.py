@@ -67,23 +67,23 @@ class CachedDataset(ImageDataset):
     Args:
         records, column, seed: as in `ImageDataset`.
         views: of the student's size.
-        features: `(images, views, rows, columns, width)` float16.
+        features: file of `cached_features`.
     """
 
-    def __init__(self, records, column: str, views: FixedViews, seed: int, features: np.ndarray):
+    def __init__(self, records, column: str, views: FixedViews, seed: int, features: Path):
         super().__init__(records, column, views, seed)
         self.features = features
 
     def _load(self, index: int, generator: np.random.Generator) -> dict:
         view = int(generator.integers(len(self.transform)))
         pixel_values = _load_view(self.records[index][self.column], self.transform, index, view)
-        return {"pixel_values": pixel_values, "features": torch.from_numpy(self.features[index, view].copy())}
+        # Mapped anew each time, which takes a tenth of a millisecond: an open map would be copied to workers whole.
+        features = np.load(self.features, mmap_mode="r")[index, view].copy()
+        return {"pixel_values": pixel_values, "features": torch.from_numpy(features)}
 
 
-def cached_features(
-    folder: str, records: datasets.Dataset, column: str, teacher: Teacher, views: FixedViews
-) -> np.ndarray:
-    """Features of all views of all images, from a folder, or made and kept there; interrupted, it goes on.
+def cached_features(folder: str, records: datasets.Dataset, column: str, teacher: Teacher, views: FixedViews) -> Path:
+    """File of the features of all views of all images; what is not there yet is made, and goes on if interrupted.
 
     Args:
         folder: for this and other caches; each has a sub-folder that is named after what it is made of.
@@ -92,13 +92,14 @@ def cached_features(
         views: of any size.
 
     Returns:
-        `(images, views, rows, columns, width)` float16, mapped from the disk.
+        Name of a NumPy file, `(images, views, rows, columns, width)` float16.
 
     Raises:
         `ValueError`: when the folder cannot be written.
     """
     made_of = {
-        "teacher": str(teacher.facts),
+        "teacher": teacher.facts.name,
+        "checksum of its weights": teacher.checksum(),
         "teacher image size": teacher.size,
         "images": fingerprint_of_files(records, column),
         "views": [len(views), views.crops.scale, views.seed if views.num_crops else None],
@@ -126,7 +127,7 @@ def cached_features(
         features[start : indices.stop] = batch.half().cpu().numpy().reshape(len(indices), *shape[1:])
         features.flush()
         progress.write_text(json.dumps({"images": indices.stop, "of": shape[0], "made of": made_of}, indent=1))
-    return np.load(place / "features.npy", mmap_mode="r")
+    return place / "features.npy"
 
 
 def _open(path: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -3,12 +3,15 @@
 
 import itertools
 import json
+import math
 import os
 import time
+from collections.abc import Sized
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import Subset
 from transformers.integrations import TensorBoardCallback
 
 from modeling_greenmim import MaskPlan
@@ -141,13 +144,16 @@ class MIMTrainer(ImageTrainer):
         return TeacherTargets(config.unit_grid, mean.to(self.args.device))
 
     def _mean_of_features(self) -> list[float]:
-        """Mean of the teacher's features of the first images, as the output folder has it, or made and kept there."""
-        path, made_of = Path(self.args.output_dir, "teacher_mean.json"), [str(self.teacher.facts), *self.teacher.size]
-        if path.exists() and (kept := json.loads(path.read_text()))["made_of"] == made_of:
-            return kept["mean"]
+        """Mean of the teacher's features; that of a run that goes on, or is evaluated, lies in its output folder."""
+        path, is_new = Path(self.args.output_dir, "teacher_mean.json"), self.state.global_step == 0
+        if path.exists() and not (is_new and self.train_dataset is not None):
+            return json.loads(path.read_text())
         dataset = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        # Folders are sorted: images from all over the data set stand for it.
+        if isinstance(dataset, Sized):
+            dataset = Subset(dataset, range(0, len(dataset), math.ceil(len(dataset) / MEAN_OF)))
         total, count = torch.zeros(self.teacher.width, dtype=torch.float64), 0
-        samples = itertools.islice(dataset, MEAN_OF)
+        samples = itertools.islice(iter(dataset), MEAN_OF)
         while batch := list(itertools.islice(samples, self.args.per_device_eval_batch_size)):
             batch = collate(batch)
             features = batch.get("features")
@@ -156,7 +162,7 @@ class MIMTrainer(ImageTrainer):
             total, count = total + features.double().cpu().mean(dim=(1, 2)).sum(dim=0), count + len(features)
         mean = (total / count).tolist()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"made_of": made_of, "mean": mean}))
+        path.write_text(json.dumps(mean))
         return mean
 
     def shares_of(self, seconds: float) -> dict[str, float]:
