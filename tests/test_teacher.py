@@ -30,6 +30,8 @@ from transformers import (
 
 import run_mim
 from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, plan_mask
+from modeling_greenmim.conversion.checkpoint import CheckpointError
+from modeling_greenmim.conversion.exporting import export_model
 from tests.oracle import DenseEncoder, assert_close, layer_norm, random_images, random_masks, randomize
 from tests.oracle import tiny_config as wide_config
 from tests.training_helpers import (
@@ -290,6 +292,13 @@ def test_models_of_features_are_saved_loaded_and_compiled(decoder_type, tmp_path
     classifier, report = GreenMIMForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["unexpected_keys"], "the decoder of any type is left aside"
     assert classifier(images).logits.shape == (2, 2)
+
+
+def test_the_original_layout_is_for_pixels_only(tmp_path):
+    write_pretrained(tmp_path / "model", reconstruction_target="features", target_width=6, decoder_type="linear")
+    with pytest.raises(CheckpointError, match="the model predicts features by a linear decoder"):
+        export_model(str(tmp_path / "model"), "original", str(tmp_path / "file.pth"))
+    export_model(str(tmp_path / "model"), "timm", str(tmp_path / "file.safetensors"))
 
 
 # Attentive masks

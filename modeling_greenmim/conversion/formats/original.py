@@ -78,6 +78,11 @@ def write(model: nn.Module, output: Path) -> Callable:
             f" export to {others}."
         )
     config = model.config
+    if config.reconstruction_target != "pixels" or config.decoder_type != "transformer":
+        raise CheckpointError(
+            f"The original layout is that of predicting pixels, but the model predicts {config.reconstruction_target}"
+            f" by a {config.decoder_type} decoder; export its encoder to timm or another format."
+        )
     name, names = f"green_mim_{config.backbone_type}_patch{config.patch_size}_dec512b1", CONFIG_FROM_ARGS
     args = argparse.Namespace(model=name)
     if config.backbone_type == "twins":
