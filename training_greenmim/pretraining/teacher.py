@@ -207,14 +207,15 @@ class Stopwatch:
         event.record()
         return event
 
-    def seconds(self) -> float:
-        """Since it was last asked; waits for the device."""
+    def mean_seconds(self) -> float:
+        """Of a time within the context, since it was last asked; 0 without one. Waits for the device."""
         spans, self._spans = self._spans, []
+        if not spans:
+            return 0.0
         if self.device.type == "cpu":
-            return sum(end - start for start, end in spans)
-        if spans:
-            spans[-1][1].synchronize()
-        return sum(start.elapsed_time(end) for start, end in spans) / 1000
+            return sum(end - start for start, end in spans) / len(spans)
+        spans[-1][1].synchronize()
+        return sum(start.elapsed_time(end) for start, end in spans) / 1000 / len(spans)
 
 
 class _NoMapError(Exception):

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Sized
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,7 @@ class MIMTrainer(ImageTrainer):
             self.teacher_targets = self.build_teacher_targets()
         if "features" in inputs:
             return inputs["features"]
-        with self.teacher_time:
+        with self.teacher_time if self.model.training else nullcontext():
             return self.teacher.features(inputs["pixel_values"])
 
     def plan_of(self, inputs: dict, features: torch.Tensor | None) -> MaskPlan | None:
@@ -165,9 +166,12 @@ class MIMTrainer(ImageTrainer):
         path.write_text(json.dumps(mean))
         return mean
 
-    def shares_of(self, seconds: float) -> dict[str, float]:
+    def shares_of(self, steps: int, seconds: float) -> dict[str, float]:
         """The teacher's share of the time of training."""
-        return {} if self.teacher is None else {"teacher_share": round(self.teacher_time.seconds() / seconds, 3)}
+        if self.teacher is None:
+            return {}
+        of_step = self.teacher_time.mean_seconds() * self.args.gradient_accumulation_steps
+        return {"teacher_share": round(of_step * steps / seconds, 3)}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss of an evaluation batch; predictions are not kept."""

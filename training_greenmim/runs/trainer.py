@@ -409,8 +409,8 @@ class ImageTrainer(CheckpointTrainer):
         with is_explained:
             super().save_model(output_dir, _internal_call)
 
-    def shares_of(self, seconds: float) -> dict[str, float]:
-        """What took which share of the seconds of training since the last log; for subclasses."""
+    def shares_of(self, steps: int, seconds: float) -> dict[str, float]:
+        """What took which share of the seconds that so many steps of training took; for subclasses."""
         return {}
 
     def report_unreadable(self, messages: list[str]) -> None:
@@ -427,7 +427,7 @@ class ImageTrainer(CheckpointTrainer):
             steps, seconds = self.throughput.steps_and_seconds()
             if seconds:
                 logs["images_per_second"] = round(steps / seconds * self.args.total_batch_size, 1)
-                logs.update(self.shares_of(seconds))
+                logs.update(self.shares_of(steps, seconds))
             if self.energy is not None:
                 logs.update(self.measured_energy())
         if self.args.world_size > 1:
