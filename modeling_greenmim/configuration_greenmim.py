@@ -229,9 +229,9 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
     def validate_architecture(self):
         """Refuses values that contradict one another (part of the validation of `strict` configurations)."""
         self._validate_encoder()
-        self._validate_image_and_mask()
         self._validate_target()
         self._validate_decoder()
+        self._validate_image_and_mask()
 
     def _validate_encoder(self):
         # Here, for encoders and targets import this file.
@@ -264,6 +264,8 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
             _require(0 <= value < 1, name, value, "it must be in [0, 1)")
 
     def _validate_image_and_mask(self):
+        from .decoder import DECODERS
+
         size, unit = self.image_height_and_width, self.encoder_stride
         _require(len(size) == 2, "image_size", self.image_size, "it must be one side or (height, width)")
         divisible = all(side > 0 and side % unit == 0 for side in size)
@@ -274,9 +276,8 @@ class GreenMIMConfig(BackboneConfigMixin, PreTrainedConfig):
         num_visible = count_visible_units(num_units, self.mask_ratio)
         expected = f"of {num_units} units it leaves {num_visible} visible; at least one must be visible and one masked"
         # An image of a single unit can be classified but not masked; masking it is refused when it is tried.
-        fits = (
-            num_units == 1 or 0 < num_visible < num_units or (self.mask_ratio == 0 and self.decoder_type == "linear")
-        )
+        may_see_all = self.mask_ratio == 0 and DECODERS[self.decoder_type].predicts_visible_only
+        fits = num_units == 1 or 0 < num_visible < num_units or may_see_all
         _require(fits, "mask_ratio", self.mask_ratio, expected)
 
     def _validate_target(self):

@@ -8,13 +8,11 @@ from ..runs.arguments import check_at_least
 
 
 # Settings of a teacher's targets where they differ from those of pixels; see docs/pre-training.md for their sources.
+_TEACHER = {"target": "teacher", "drop_path_rate": 0.1, "max_grad_norm": 3.0, "warmup_steps": 0.1}
 RECIPES = {
-    "teacher-align": {"teacher_mode": "align", "mask_ratio": 0.7},
-    "teacher-predict": {"teacher_mode": "predict", "mask_ratio": 0.75},
+    "teacher-align": {**_TEACHER, "teacher_mode": "align", "mask_ratio": 0.7},
+    "teacher-predict": {**_TEACHER, "teacher_mode": "predict", "mask_ratio": 0.75},
 }
-for _recipe in RECIPES.values():
-    _recipe |= {"target": "teacher", "drop_path_rate": 0.1, "max_grad_norm": 3.0, "warmup_steps": 0.1}
-MODES, LOSSES = ("align", "predict"), ("cosine", "smooth_l1")
 
 
 @dataclass
@@ -88,8 +86,8 @@ class TargetArguments:
     def _check_names(self):
         named = {
             "target": ("pixels", "hog", "teacher"),
-            "teacher_mode": MODES,
-            "teacher_loss": LOSSES,
+            "teacher_mode": ("align", "predict"),
+            "teacher_loss": ("cosine", "smooth_l1"),
             "loss_on": ("masked", "all"),
         }
         for name, names in named.items():

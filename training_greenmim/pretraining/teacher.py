@@ -238,11 +238,9 @@ def _to_map(output: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     if output.ndim != 3:
         raise _NoMapError(f"whose `last_hidden_state` is of shape {tuple(output.shape)}")
     tokens = output.shape[1]
-    grids = [
-        (height // stride, width // stride)
-        for stride in range(1, math.gcd(height, width) + 1)
-        if height % stride == 0 and width % stride == 0
-    ]
+    common = math.gcd(height, width)
+    strides = [stride for stride in range(1, common + 1) if common % stride == 0]
+    grids = [(height // stride, width // stride) for stride in strides]
     fitting = [grid for grid in grids if 0 <= tokens - grid[0] * grid[1] <= MOST_SPECIAL_TOKENS]
     if not fitting:
         raise _NoMapError(f"whose {tokens} tokens are no map of an image of {height}x{width} pixels")

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
-from transformers.utils import logging
 
 from ..data.image_dataset import ImageDataset
 from ..data.images import UnreadableImageError, load_image, open_image
@@ -19,8 +18,6 @@ from ..data.transforms import Geometry, TrainTransform, apply_geometry, center_c
 from ..randomness import VIEW, derived_generator
 from .teacher import Teacher
 
-
-logger = logging.get_logger(__name__)
 
 # Images whose features are written together.
 CHUNK = 32

@@ -63,10 +63,8 @@ class MIMTrainer(ImageTrainer):
             config, self.args.seed, self.args.mask_per_sample, self.args.torch_compile, strategy
         )
         # Every evaluation uses one mask, drawn as those of training are, but for those that a teacher has a say in.
-        generator, of_evaluation = derived_torch_generator(self.args.seed, MASK), strategy
-        if strategy == ATTENTIVE:
-            of_evaluation = "random"
-        self.evaluation_plan = draw_plan(config, [generator], of_evaluation)
+        generator = derived_torch_generator(self.args.seed, MASK)
+        self.evaluation_plan = draw_plan(config, [generator], "random" if strategy == ATTENTIVE else strategy)
         if self.evaluation_plan is not None:
             self.evaluation_plan = self.evaluation_plan.to(self.args.device)
         self.teacher, self.teacher_time = teacher, Stopwatch(self.args.device)
