@@ -242,7 +242,7 @@ from torch.distributed.tensor import DTensor
 from safetensors.torch import save_file
 from modeling_greenmim import GreenMIMForPreTraining, plan_mask
 from modeling_greenmim.masking import sample_noise, visible_units_from_noise
-from tests.training_helpers import tiny_config
+from tests.training_helpers import leave_at_once, tiny_config
 from training_greenmim.runs.trainer import keep_single_precision
 
 folder, last_step, save_to, load_from, precision = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
@@ -297,7 +297,7 @@ if rank == 0:
     with open(folder + "/losses.json", "w") as file:
         json.dump(dict(enumerate(losses, first_step)), file)
 if world > 1:
-    dist.destroy_process_group()
+    leave_at_once()
 """
 
 

@@ -349,6 +349,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tests.test_ema import make_trainer
+from tests.training_helpers import leave_at_once
 
 output = Path(sys.argv[1], os.environ["RANK"])
 trainer = make_trainer(output, max_steps=3, save_strategy="steps", save_steps=2)
@@ -358,8 +359,7 @@ end = output / "end"
 end.mkdir(parents=True)
 trainer.ema.save(end)
 save_file({"mean": trainer.model.norm.running_mean}, end / "own.safetensors")
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
+leave_at_once()
 """
 
 

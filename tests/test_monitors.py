@@ -463,7 +463,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from modeling_greenmim import GreenMIMForPreTraining
-from tests.training_helpers import tiny_config
+from tests.training_helpers import leave_at_once, tiny_config
 from training_greenmim.pretraining.monitors.features import encode
 
 torch.manual_seed(0)
@@ -480,8 +480,7 @@ for _ in range(2):
     model.train()(images, noise=torch.rand(1, 16, generator=torch.Generator().manual_seed(2))).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     model.eval()
-dist.barrier()
-dist.destroy_process_group()
+leave_at_once()
 """
 
 

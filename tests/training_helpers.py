@@ -274,6 +274,17 @@ def run_in_processes(script: Path, argv: list[str], num_processes: int = 2) -> N
     assert process.returncode == 0, log[-6000:]
 
 
+def leave_at_once() -> None:
+    """Ends one of several processes: meshes and wrapped models keep connections, whose threads abort an ordinary end.
+
+    Such a thread may want Python when that is gone (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
 def messages(caplog, level: int = logging.WARNING) -> str:
     """The text of all log records of at least a level."""
     return "\n".join(record.getMessage() for record in caplog.records if record.levelno >= level)
