@@ -35,7 +35,7 @@ from training_greenmim.classification.probes import (
     load_probe,
     use_neighbours,
 )
-from training_greenmim.classification.recipes import HELP, recipe_defaults
+from training_greenmim.classification.recipes import HELP, auto, recipe_defaults
 from training_greenmim.classification.trainer import ClassificationTrainer
 from training_greenmim.data import labels
 from training_greenmim.data.image_dataset import EveryImage, ImageDataset
@@ -55,6 +55,7 @@ from training_greenmim.runs.arguments import (
     check_at_least,
     parse_arguments,
 )
+from training_greenmim.runs.auto import Recipe
 from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
 from training_greenmim.runs.lock import locked_output
@@ -293,9 +294,11 @@ def main(argv: list[str] | None = None) -> None:
     """Runs fine-tuning, a probe, evaluation or prediction."""
     argv = sys.argv[1:] if argv is None else argv
     dataclass_types = (ModelArguments, DataArguments, ClassificationTrainingArguments)
-    model_args, data_args, args = parse_arguments(dataclass_types, argv, recipe_defaults)
+    recipe = Recipe(recipe_defaults, auto, labelled=True)
+    model_args, data_args, args = parse_arguments(dataclass_types, argv, recipe)
     check_work(model_args, args)
     args.set_up_logging()
+    recipe.explain(model_args, data_args, args)
     with locked_output(args):
         run(model_args, data_args, args, argv)
 

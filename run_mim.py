@@ -33,7 +33,8 @@ from training_greenmim.data.readers import (
 )
 from training_greenmim.data.streams import ImageStream
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
-from training_greenmim.pretraining.targets import RECIPES, TargetArguments, recipe_defaults
+from training_greenmim.pretraining.recipes import RECIPES, auto, recipe_defaults
+from training_greenmim.pretraining.targets import TargetArguments
 from training_greenmim.pretraining.teacher import Teacher, load_teacher
 from training_greenmim.pretraining.teacher_cache import CachedDataset, FixedViews, cached_features
 from training_greenmim.pretraining.trainer import MIMTrainer
@@ -43,6 +44,7 @@ from training_greenmim.runs.arguments import (
     ModelSourceArguments,
     parse_arguments,
 )
+from training_greenmim.runs.auto import Recipe
 from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
 from training_greenmim.runs.lock import locked_output
@@ -62,7 +64,10 @@ class ModelArguments(ModelSourceArguments):
 
     recipe: str | None = field(
         default=None,
-        metadata={"help": f"Set of arguments: {' or '.join(RECIPES)}, as published. Flags and files win over it."},
+        metadata={
+            "help": f"Set of arguments: {' or '.join(RECIPES)}, as published; auto: what the images and the device ask"
+            " for, told with reasons. Flags and files win over it."
+        },
     )
 
     def __post_init__(self):
@@ -303,12 +308,14 @@ ARGUMENTS = (ModelArguments, TargetArguments, DataArguments, MIMTrainingArgument
 def main(argv: list[str] | None = None) -> None:
     """Runs pre-training."""
     argv = sys.argv[1:] if argv is None else argv
-    model_args, target_args, data_args, args = parse_arguments(ARGUMENTS, argv, recipe_defaults)
+    recipe = Recipe(recipe_defaults, auto, labelled=False)
+    model_args, target_args, data_args, args = parse_arguments(ARGUMENTS, argv, recipe)
     if not (args.do_train or args.do_eval):
         raise ValueError("Nothing to do: give `do_train`, `do_eval` or both.")
     if data_args.probe_dir and not args.do_eval:
         raise ValueError(f"`probe_dir` is {data_args.probe_dir!r}, which evaluations look at: give `do_eval` too.")
     args.set_up_logging()
+    recipe.explain(model_args, target_args, data_args, args)
     with locked_output(args):
         run(model_args, target_args, data_args, args, argv)
 

@@ -19,12 +19,19 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     ResNetConfig,
     ResNetModel,
+    SiglipConfig,
+    SiglipModel,
     SwinConfig,
     SwinModel,
     ViTConfig,
     ViTImageProcessorPil,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTMAEModel,
     ViTModel,
 )
 
@@ -51,10 +58,11 @@ from tests.training_helpers import (
 )
 from training_greenmim.data.image_dataset import ImageDataset
 from training_greenmim.data.readers import load_folder
+from training_greenmim.data.scaling import scaling_of
 from training_greenmim.data.transforms import TrainTransform
 from training_greenmim.pretraining import trainer as pretraining
 from training_greenmim.pretraining.masks import gumbel_noise, saliency, salient_units
-from training_greenmim.pretraining.teacher import TeacherTargets, load_teacher
+from training_greenmim.pretraining.teacher import Teacher, TeacherFacts, TeacherTargets, load_teacher
 from training_greenmim.pretraining.teacher_cache import FixedViews
 
 
@@ -67,6 +75,9 @@ TEACHERS = {
     "dinov2": (lambda: Dinov2Model(Dinov2Config(**VIT)), 4),
     "registers": (lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**VIT, num_register_tokens=4)), 4),
     "clip": (lambda: CLIPModel(CLIPConfig(vision_config=VIT, text_config={**SMALL, "num_hidden_layers": 1})), 4),
+    "siglip": (lambda: SiglipModel(SiglipConfig(vision_config=VIT, text_config={**SMALL, "num_hidden_layers": 1})), 4),
+    "dinov3": (lambda: DINOv3ViTModel(DINOv3ViTConfig(**VIT, num_register_tokens=4)), 4),
+    "mae": (lambda: ViTMAEForPreTraining(ViTMAEConfig(**VIT)), 4),
     "swin": (
         lambda: SwinModel(
             SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
@@ -105,6 +116,24 @@ def test_any_vision_model_has_a_map(kind, tmp_path):
     assert features.shape == (2, side, side, 16) and not features.requires_grad
     assert (features[0] - features[1]).abs().max() > 0 and features.isfinite().all()
     assert not any(module.training for module in teacher.model.modules())
+
+
+def test_a_masked_autoencoder_sees_the_whole_image(tmp_path):
+    """As the encoder of another library's model without a mask: MAE's own, told to hide nothing and in which order."""
+    folder = write_teacher(tmp_path, "mae")
+    teacher, images = load_teacher(str(folder), 3, (32, 32)), bytes_of(2)
+    model = ViTMAEModel.from_pretrained(folder, mask_ratio=0.0).eval()
+    with torch.no_grad():
+        order = torch.arange(16).expand(2, -1) / 16
+        states = model((images / 255 - 0.4) / 0.2, noise=order, output_hidden_states=True).hidden_states[-5:]
+    expected = torch.stack([torch.nn.functional.layer_norm(state[:, 1:], (16,)) for state in states]).mean(dim=0)
+    torch.testing.assert_close(teacher.features(images).flatten(1, 2), expected, atol=1e-5, rtol=0)
+
+
+def test_a_teacher_that_hides_at_random_is_refused(tmp_path):
+    facts = TeacherFacts("masked", None, None)
+    with pytest.raises(ValueError, match="`teacher` is 'masked', which gives other features of the same image"):
+        Teacher(ViTMAEModel(ViTMAEConfig(**VIT)), scaling_of(PROCESSOR, 3), (32, 32), facts)
 
 
 def test_features_of_blocks_are_their_mean_normalised_per_token(tmp_path):

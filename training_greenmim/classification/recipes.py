@@ -1,6 +1,12 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Recipes of `run_image_classification.py`: named sets of arguments, each of which a flag or file may change."""
 
+import math
+
+from ..runs.auto import Choice, Facts
+from ..runs.models import read_config
+
+
 # What SimMIM and GreenMIM fine-tune with (https://huggingface.co/papers/2111.09886, appendix A).
 _PUBLISHED = {
     "num_train_epochs": 100,
@@ -16,6 +22,10 @@ _PUBLISHED = {
     "mixup_switch_probability": 0.5,
     "label_smoothing_factor": 0.1,
 }
+# `auto` takes the published recipe from so many images on.
+MANY_IMAGES = 50_000
+# The batch that the rates of `auto` are for.
+BATCH = 32
 RECIPES = {
     "swin-base": {
         **_PUBLISHED,
@@ -66,8 +76,9 @@ DEVIATIONS = (
 HELP = (
     "Set of arguments: swin-base and swin-large as published (for a total batch of 768, which"
     " per_device_train_batch_size, gradient_accumulation_steps and processes make up; rates follow the batch),"
-    " small-data (the default) for a few thousand images, linear (the default with --mode linear) as MAE's. Flags and"
-    " files win over it. layer_decay is for GreenMIM only. Deviations from what was published: layer_decay also lowers"
+    " small-data (the default) for a few thousand images, linear (the default with --mode linear) as MAE's, auto: what"
+    " the images and the device ask for, told with reasons. Flags and files win over it. layer_decay is for GreenMIM"
+    " only. Deviations from what was published: layer_decay also lowers"
     f" the minimum and warm-up rates of lower layers. {DEVIATIONS}"
 )
 
@@ -83,8 +94,55 @@ def recipe_defaults(chosen: dict) -> dict:
     """
     name = chosen["recipe"] or ("linear" if chosen["mode"] == "linear" else "small-data")
     if name not in RECIPES:
-        raise ValueError(f"`recipe` is {name!r}; it must be one of {', '.join(RECIPES)}.")
+        raise ValueError(f"`recipe` is {name!r}; it must be one of {', '.join((*RECIPES, 'auto'))}.")
     values = dict(RECIPES[name])
     if chosen["learning_rate"] is not None:
         del values["base_learning_rate"]
     return values
+
+
+def auto(facts: Facts, chosen: dict) -> dict[str, Choice]:
+    """Arguments for the images; docs/recipes.md has the measurements behind each.
+
+    Args:
+        chosen: all arguments as given, with their defaults.
+    """
+    if chosen["mode"] == "knn":
+        return {}
+    if facts.count >= MANY_IMAGES:
+        name = "linear" if chosen["mode"] == "linear" else "swin-base"
+        reason = f"as recipe {name}, from {MANY_IMAGES:,} images on; not measured here"
+        return {name: Choice(value, reason) for name, value in RECIPES[name].items()}
+    choices = {
+        "num_train_epochs": Choice(max(8, math.ceil(123 * BATCH / facts.count)), "at least 8, and at least 123 steps"),
+        "per_device_train_batch_size": Choice(BATCH, "few images make few steps, so batches are small"),
+        "min_crop_scale": Choice(1.0, "what a label is about may lie anywhere in an image"),
+        "balance": Choice(True, "classes of few images may differ much in size"),
+        "decode_once": Choice(True, f"under {MANY_IMAGES:,} images it fits on any disk"),
+    }
+    if facts.gpu_memory is None and facts.has_bf16:
+        choices["bf16"] = Choice(True, "the processor has bf16 units")
+    return choices | (_linear() if chosen["mode"] == "linear" else _finetune(chosen))
+
+
+def _linear() -> dict[str, Choice]:
+    return {
+        "lars": Choice(False, "LARS is for batches of thousands"),
+        "base_learning_rate": Choice(0.16, f"0.01 for {BATCH} images with AdamW"),
+        "weight_decay": Choice(0.0, "a linear layer on few features needs none"),
+    }
+
+
+def _finetune(chosen: dict) -> dict[str, Choice]:
+    choices = {
+        "warmup_steps": Choice(0.1, "as recipe small-data"),
+        "drop_path_rate": Choice(0.1, "as recipe small-data"),
+    }
+    if chosen["config_name"]:
+        return choices | {"base_learning_rate": Choice(0.016, f"0.001 for {BATCH} images from scratch")}
+    if read_config(chosen["model_name_or_path"], "model_name_or_path").get("model_type") != "greenmim":
+        return choices | {"base_learning_rate": Choice(0.008, f"0.0005 for {BATCH} images: layers have one rate")}
+    return choices | {
+        "base_learning_rate": Choice(0.048, f"0.003 for {BATCH} images at the head"),
+        "layer_decay": Choice(0.65, "what is pre-trained changes less the further it is from the head"),
+    }

@@ -1,18 +1,10 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""What pre-training predicts: arguments, what they mean for the configuration of a model, and recipes."""
+"""What pre-training predicts: arguments, and what they mean for the configuration of a model."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..runs.arguments import check_at_least
-
-
-# Settings of a teacher's targets where they differ from those of pixels; see docs/pre-training.md for their sources.
-_TEACHER = {"target": "teacher", "drop_path_rate": 0.1, "max_grad_norm": 3.0, "warmup_steps": 0.1}
-RECIPES = {
-    "teacher-align": {**_TEACHER, "teacher_mode": "align", "mask_ratio": 0.7},
-    "teacher-predict": {**_TEACHER, "teacher_mode": "predict", "mask_ratio": 0.75},
-}
 
 
 @dataclass
@@ -111,20 +103,3 @@ class TargetArguments:
         if self.teacher_mode == "align":
             values |= {"decoder_type": "linear", "pooled_loss_weight": 1.0, "mask_ratio": 0.5}
         return {**values, **given}
-
-
-def recipe_defaults(chosen: dict) -> dict:
-    """Arguments that the chosen recipe sets.
-
-    Args:
-        chosen: all arguments as given, with their defaults.
-
-    Raises:
-        `ValueError`: for an unknown recipe.
-    """
-    name = chosen["recipe"]
-    if name is None:
-        return {}
-    if name not in RECIPES:
-        raise ValueError(f"`recipe` is {name!r}; it must be one of {', '.join(RECIPES)}.")
-    return RECIPES[name]

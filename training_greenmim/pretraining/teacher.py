@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, ViTModel
 
 from ..classification.models import image_height_and_width
 from ..data.scaling import PixelScaling, scaling_of
@@ -77,15 +77,18 @@ class Teacher:
         """Rows and columns of its map, and the width of its features."""
         name, (height, width) = self.facts.name, self.size
         try:
-            features = self.features(
-                torch.zeros(1, self.channels, height, width, dtype=torch.uint8, device=self.device)
-            )
+            # Any image but a plain one, in which all patches are alike.
+            image = torch.arange(self.channels * height * width, device=self.device).square().to(torch.uint8)
+            image = image.view(1, self.channels, height, width)
+            features, again = self.features(image), self.features(image)
         except _NoMapError as error:
             raise ValueError(f"`teacher` is {name!r}, {error}; a vision model with feature maps is needed.") from None
         except Exception as error:  # whatever the model raises
             raise ValueError(
                 f"`teacher_image_size` is {height}x{width}, which `teacher` {name!r} cannot take: {error}"
             ) from error
+        if not torch.allclose(features, again, rtol=0.1, atol=0.1):
+            raise ValueError(f"`teacher` is {name!r}, which gives other features of the same image each time.")
         return tuple(features.shape[1:3]), features.shape[3]
 
     @torch.no_grad()
@@ -140,7 +143,7 @@ def load_teacher(
             has positions that do not allow the size, naming the argument.
     """
     try:
-        model = AutoModel.from_pretrained(name, revision=revision, dtype=dtype)
+        model = _load_model(name, revision, dtype)
         processor = AutoImageProcessor.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -159,6 +162,13 @@ def load_teacher(
     size = _size_of_aspect(student_size, shorter, _stride_of(model.config))
     facts = TeacherFacts(name, commit or revision, _licence(name, revision))
     return Teacher(model.to(device), scaling_of(processor, own_channels), size, facts)
+
+
+def _load_model(name: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    if AutoConfig.from_pretrained(name, revision=revision).model_type != "vit_mae":
+        return AutoModel.from_pretrained(name, revision=revision, dtype=dtype)
+    # MAE's own model hides most patches, in eval mode too; the same weights as a ViT see them all.
+    return ViTModel.from_pretrained(name, revision=revision, dtype=dtype, add_pooling_layer=False)
 
 
 class TeacherTargets:

@@ -1,0 +1,214 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""`--recipe auto` of both scripts: what it looks at, what it chooses, what it says."""
+
+import logging
+import shlex
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import run_image_classification
+import run_mim
+from modeling_greenmim import GreenMIMForPreTraining
+from tests.training_helpers import (
+    noise_image,
+    results_of,
+    write_class_folders,
+    write_images,
+    write_pretrained,
+)
+from training_greenmim.classification import recipes as classification
+from training_greenmim.pretraining import recipes as pretraining
+from training_greenmim.runs.arguments import ClassificationTrainingArguments, parse_arguments
+from training_greenmim.runs.auto import Facts, Recipe, look_at
+from training_greenmim.runs.models import build_config
+
+
+PRETRAINING = run_mim.ARGUMENTS
+CLASSIFICATION = (
+    run_image_classification.ModelArguments,
+    run_image_classification.DataArguments,
+    ClassificationTrainingArguments,
+)
+
+
+def facts(count: int, **changes) -> Facts:
+    return Facts(**{"count": count, "side": 300, "is_grey": False, "gpu_memory": None, "has_bf16": False, **changes})
+
+
+def read(types: tuple, recipe: Recipe | None, *argv) -> tuple:
+    return parse_arguments(types, [str(value) for value in argv], recipe or (lambda chosen: {}))
+
+
+def recipe_of_pretraining() -> Recipe:
+    return Recipe(pretraining.recipe_defaults, pretraining.auto, labelled=False)
+
+
+def recipe_of_classification() -> Recipe:
+    return Recipe(classification.recipe_defaults, classification.auto, labelled=True)
+
+
+def chosen(**values) -> dict:
+    names = ("teacher", "config_name", "model_name_or_path", "learning_rate")
+    return {**dict.fromkeys(names), "max_steps": -1, "mode": "finetune", "output_dir": "out", **values}
+
+
+# What it looks at
+
+
+def look(folder, **values) -> Facts:
+    given = {"train_dir": str(folder), "image_column_name": None, "use_cpu": True, "max_train_samples": None}
+    return look_at({**given, **values}, labelled=False)
+
+
+def test_images_are_counted_and_measured(tmp_path):
+    write_images(tmp_path, 3)  # 48 x 40
+    noise_image(0, 90, 70).save(tmp_path / "larger.png")
+    noise_image(0, 100, 120).save(tmp_path / "largest.png")
+    found = look(tmp_path)
+    assert (found.count, found.side, found.is_grey, found.gpu_memory) == (5, 40, False, None)
+    assert look(tmp_path, max_train_samples=2).count == 2
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "I;16"])
+def test_grey_images_are_noticed(tmp_path, mode):
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 255, (20, 30))
+        image = Image.fromarray(pixels.astype("uint16" if mode == "I;16" else "uint8"))
+        (image if mode == "I;16" else image.convert(mode)).save(tmp_path / f"{index}.png")
+    assert look(tmp_path).is_grey
+    noise_image(9).save(tmp_path / "coloured.png")
+    assert not look(tmp_path).is_grey
+
+
+def test_broken_images_are_passed_over_unless_all_are(tmp_path):
+    (tmp_path / "broken.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"`train_dir` has 1 image\(s\), none of which could be opened"):
+        look(tmp_path)
+    write_images(tmp_path, 2)
+    assert (look(tmp_path).count, look(tmp_path).side) == (3, 40)
+
+
+def test_streams_are_refused():
+    flags = ("--recipe", "auto", "--dataset_name", "nowhere", "--streaming", "--output_dir", "out")
+    with pytest.raises(ValueError, match=r"`recipe` is 'auto', .* `streaming` is set"):
+        read(PRETRAINING, recipe_of_pretraining(), *flags)
+
+
+# What it chooses
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(200, 640), (500, 256), (1280, 100), (1968, 100), (1_000_000, 100)])
+def test_few_images_are_seen_more_often(count, epochs):
+    assert pretraining.auto(facts(count), chosen())["num_train_epochs"].value == epochs
+    assert "num_train_epochs" not in pretraining.auto(facts(count), chosen(max_steps=7))
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(100, 40), (197, 20), (500, 8), (1968, 8), (49_999, 8)])
+def test_few_labelled_images_are_seen_more_often(count, epochs):
+    assert classification.auto(facts(count), chosen(config_name="tiny"))["num_train_epochs"].value == epochs
+
+
+@pytest.mark.parametrize("side", [8, 33, 64, 95, 96, 127, 128, 3000])
+@pytest.mark.parametrize("teacher", [None, "teacher"])
+@pytest.mark.parametrize("is_grey", [False, True])
+def test_models_for_a_cpu_fit_the_images(side, teacher, is_grey):
+    choices = pretraining.auto(facts(500, side=side, is_grey=is_grey), chosen(teacher=teacher))
+    config = build_config(choices["config_name"].value, choices["config_overrides"].value)
+    # No larger than the images, unless these are tiny; at least 16 units to mask.
+    assert config.image_size <= max(32, min(side, 128)) and config.unit_grid[0] * config.unit_grid[1] >= 16
+    assert config.num_channels == (1 if is_grey else 3)
+    output = GreenMIMForPreTraining(config)(torch.randn(2, config.num_channels, *config.image_height_and_width))
+    assert torch.isfinite(output.loss)
+
+
+@pytest.mark.parametrize(
+    ("memory", "count", "name", "batch"), [(8, 500, "tiny", 32), (24, 50_000, "small", 128), (80, 10**6, "base", 256)]
+)
+def test_models_for_a_gpu(memory, count, name, batch):
+    choices = pretraining.auto(facts(count, gpu_memory=memory, has_bf16=True), chosen())
+    assert choices["config_name"].value == name
+    assert choices["per_device_train_batch_size"].value == batch
+    # Rates of models with a name are the published ones; a GPU's precision is chosen elsewhere.
+    assert not {"base_learning_rate", "bf16", "config_overrides"} & set(choices)
+
+
+@pytest.mark.parametrize("given", [{"config_name": "base"}, {"model_name_or_path": "somewhere"}])
+def test_a_model_that_is_given_stays(given):
+    names = {"config_name", "config_overrides", "base_learning_rate", "per_device_train_batch_size"}
+    assert not names & set(pretraining.auto(facts(500), chosen(**given)))
+
+
+def test_many_labelled_images_take_the_published_recipe():
+    choices = classification.auto(facts(50_000), chosen(config_name="base"))
+    assert {name: choice.value for name, choice in choices.items()} == classification.RECIPES["swin-base"]
+    assert classification.auto(facts(500), chosen(mode="knn")) == {}
+
+
+def test_rates_of_fine_tuning_depend_on_where_it_starts(tmp_path):
+    ours, other = write_pretrained(tmp_path / "ours"), tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "resnet"}')
+    found = {
+        "scratch": classification.auto(facts(197), chosen(config_name="tiny")),
+        "ours": classification.auto(facts(197), chosen(model_name_or_path=str(ours))),
+        "other": classification.auto(facts(197), chosen(model_name_or_path=str(other))),
+        "linear": classification.auto(facts(197), chosen(model_name_or_path=str(ours), mode="linear")),
+    }
+    # For 32 images; base rates of classification are for 512.
+    rates = {name: choices["base_learning_rate"].value / 16 for name, choices in found.items()}
+    assert rates == pytest.approx({"scratch": 1e-3, "ours": 3e-3, "other": 5e-4, "linear": 1e-2})
+    assert [name for name, choices in found.items() if "layer_decay" in choices] == ["ours"]
+
+
+# What it says
+
+
+@pytest.mark.parametrize("script", ["run_mim", "run_image_classification"])
+def test_the_flags_that_are_logged_make_the_same_run(tmp_path, caplog, script):
+    write_class_folders(tmp_path / "train", {"a": 5, "b": 4})
+    if script == "run_mim":
+        types, recipe, flags = PRETRAINING, recipe_of_pretraining(), ["--mask_ratio", "0.6"]
+    else:
+        types, recipe = CLASSIFICATION, recipe_of_classification()
+        flags = ["--model_name_or_path", write_pretrained(tmp_path / "start"), "--drop_path_rate", "0.2"]
+    flags += ["--train_dir", tmp_path / "train", "--output_dir", tmp_path / "out", "--do_train", "--use_cpu"]
+    by_auto = read(types, recipe, "--recipe", "auto", *flags)
+    with caplog.at_level(logging.INFO):
+        recipe.explain(*by_auto)
+    lines = [record.message.strip() for record in caplog.records]
+    assert lines[0].startswith("--recipe auto: 9 images, shorter side about 40 px")
+    told = [line for line in lines[1:] if line.startswith("--")]
+    assert len(told) > 3 and all(line.endswith(")") and " (" in line for line in told)
+    repeated = [value for line in told for value in shlex.split(line[: line.rindex("  (")])]
+    named = Recipe(lambda chosen: {}, pretraining.auto, labelled=False)
+    for auto, again in zip(by_auto, read(types, named, *repeated, *flags), strict=True):
+        values, expected = vars(again), vars(auto)
+        assert {name for name in expected if expected[name] != values[name]} <= {"recipe", "distributed_state"}
+
+
+def test_what_is_given_wins_and_is_told(tmp_path, caplog):
+    write_images(tmp_path / "train", 4)
+    recipe = recipe_of_pretraining()
+    flags = ("--train_dir", tmp_path / "train", "--output_dir", tmp_path / "out", "--use_cpu")
+    flags += ("--num_train_epochs", 3, "--learning_rate", 0.5, "--decode_once", "false")
+    arguments = read(PRETRAINING, recipe, "--recipe", "auto", *flags)
+    assert (arguments[3].num_train_epochs, arguments[3].learning_rate, arguments[3].decode_once) == (3, 0.5, False)
+    with caplog.at_level(logging.INFO):
+        recipe.explain(*arguments)
+    assert "(not --num_train_epochs 32000: 3.0 is given)" in caplog.text
+    assert "(not --decode_once true: false is given)" in caplog.text
+    assert "base_learning_rate" not in caplog.text
+
+
+def test_both_scripts_run_by_it(tmp_path):
+    train = write_class_folders(tmp_path / "train", {"a": 40, "b": 40})
+    common = ["--train_dir", str(train), "--recipe", "auto", "--use_cpu", "--report_to", "none", "--disable_tqdm"]
+    common += ["true", "--dataloader_num_workers", "0", "--do_train", "--max_steps", "2"]
+    run_mim.main([*common, "--output_dir", str(tmp_path / "model")])
+    assert results_of(tmp_path / "model")["train_loss"] > 0
+    flags = ["--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "classifier")]
+    run_image_classification.main([*common, *flags, "--do_eval"])
+    assert results_of(tmp_path / "classifier")["eval_loss"] > 0

@@ -1,0 +1,101 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Recipes of `run_mim.py`: named sets of arguments, each of which a flag or file may change."""
+
+import math
+
+from ..runs.auto import Choice, Facts
+
+
+# Settings of a teacher's targets where they differ from those of pixels; see docs/pre-training.md for their sources.
+_TEACHER = {"target": "teacher", "drop_path_rate": 0.1, "max_grad_norm": 3.0, "warmup_steps": 0.1}
+RECIPES = {
+    "teacher-align": {**_TEACHER, "teacher_mode": "align", "mask_ratio": 0.7},
+    "teacher-predict": {**_TEACHER, "teacher_mode": "predict", "mask_ratio": 0.75},
+}
+# The batch that rates and steps of small models are for; so many decoded images fit on any disk.
+BATCH, FITS_DECODED = 64, 20_000
+# Least epochs and steps; see docs/recipes.md.
+LEAST_EPOCHS, LEAST_STEPS = 100, 2000
+# GB of memory for an image of Swin-B at 224 px (docs/performance.md).
+MEMORY_OF_AN_IMAGE = 0.12
+
+
+def recipe_defaults(chosen: dict) -> dict:
+    """Arguments that the chosen recipe sets.
+
+    Args:
+        chosen: all arguments as given, with their defaults.
+
+    Raises:
+        `ValueError`: for an unknown recipe.
+    """
+    name = chosen["recipe"]
+    if name is None:
+        return {}
+    if name not in RECIPES:
+        raise ValueError(f"`recipe` is {name!r}; it must be one of {', '.join((*RECIPES, 'auto'))}.")
+    return RECIPES[name]
+
+
+def auto(facts: Facts, chosen: dict) -> dict[str, Choice]:
+    """Arguments for the images and the device; docs/recipes.md has the measurements behind each.
+
+    Args:
+        chosen: all arguments as given, with their defaults.
+    """
+    choices = _taught(facts, chosen) if chosen["teacher"] else {}
+    if not (chosen["config_name"] or chosen["model_name_or_path"]):
+        choices |= _for_gpu(facts) if facts.gpu_memory else _for_cpu(facts, is_taught=bool(chosen["teacher"]))
+    if chosen["max_steps"] <= 0:
+        epochs = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS * BATCH / facts.count))
+        reason = f"at least {LEAST_EPOCHS}, and at least {LEAST_STEPS:,} steps of {BATCH} images"
+        choices["num_train_epochs"] = Choice(epochs, reason)
+    choices["decode_once"] = Choice(facts.count <= FITS_DECODED, f"up to {FITS_DECODED:,} images it fits on any disk")
+    if facts.gpu_memory is None and facts.has_bf16:
+        choices["bf16"] = Choice(True, "the processor has bf16 units")
+    return choices
+
+
+def _taught(facts: Facts, chosen: dict) -> dict[str, Choice]:
+    choices = {
+        "target": Choice("teacher", "a teacher is given"),
+        "mask_ratio": Choice(0.5, "the best share of hidden units for a teacher's features"),
+        "max_grad_norm": Choice(3.0, "as published for such targets"),
+    }
+    if facts.count <= FITS_DECODED:
+        reason = "the teacher then runs once: for few images it is the larger cost"
+        choices["cache_teacher"] = Choice(f"{chosen['output_dir']}-teacher", reason)
+    return choices
+
+
+def _for_cpu(facts: Facts, is_taught: bool) -> dict[str, Choice]:
+    patch = 8 if facts.side >= 96 else 4
+    unit = 2 * patch
+    side = max(4 * unit, min(128, facts.side // unit * unit))
+    width, heads = (96, "[3,6]") if is_taught else (64, "[2,4]")
+    shape = (
+        f"image_size={side},patch_size={patch},embed_dim={width},depths=[2,6],num_heads={heads},window_size=8,"
+        "decoder_hidden_size=128,decoder_num_hidden_layers=2,decoder_num_attention_heads=4,"
+        "decoder_intermediate_size=512"
+    )
+    if facts.is_grey:
+        shape += ",num_channels=1"
+    rate = 6e-3 if is_taught else 8e-3
+    return {
+        "config_name": Choice("tiny", "what config_overrides change"),
+        "config_overrides": Choice(shape, "a model for a CPU: two stages, images of at most 128 px"),
+        "per_device_train_batch_size": Choice(BATCH, "the batch that the learning rate was measured with"),
+        "base_learning_rate": Choice(rate, f"{rate * BATCH / 256:g} for {BATCH} images: small models bear high rates"),
+    }
+
+
+def _for_gpu(facts: Facts) -> dict[str, Choice]:
+    name = "tiny" if facts.count < 20_000 else "small" if facts.count < 200_000 else "base"
+    batch = 2 ** int(math.log2(max(1, 0.8 * facts.gpu_memory / MEMORY_OF_AN_IMAGE)))
+    choices = {
+        "config_name": Choice(name, "tiny up to 20,000 images, small up to 200,000, then base; not measured here"),
+        "per_device_train_batch_size": Choice(min(256, batch), f"fits into {facts.gpu_memory:.0f} GB"),
+    }
+    if facts.is_grey:
+        choices["config_overrides"] = Choice("num_channels=1", "all images that were looked at are grey")
+    return choices
