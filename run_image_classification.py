@@ -61,6 +61,7 @@ from training_greenmim.runs.checkpoints import find_checkpoint
 from training_greenmim.runs.lock import locked_output
 from training_greenmim.runs.models import build_config, parse_overrides, read_config
 from training_greenmim.runs.script import check_channels, evaluate, finish, run_script, train
+from training_greenmim.runs.starts import Start, carry_channels, image_processor_of, start_of
 
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class ModelArguments(ModelSourceArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.mode not in MODES:
             raise ValueError(f"`mode` is {self.mode!r}; it must be one of {', '.join(MODES)}.")
         if bool(self.model_name_or_path) == bool(self.config_name):
@@ -193,7 +195,7 @@ def check_work(model_args: ModelArguments, args: ClassificationTrainingArguments
 
 
 def build_model(model_args: ModelArguments, names: list[str] | None, checkpoint: str | None = None) -> tuple:
-    """The classifier and its image processor.
+    """The classifier, its image processor, and what it goes on from.
 
     Args:
         names: of the classes; None keeps the classes and the head of a trained classifier.
@@ -206,11 +208,11 @@ def build_model(model_args: ModelArguments, names: list[str] | None, checkpoint:
         read_config(checkpoint, "resume_from_checkpoint")  # checkpoints in parts have none
         if model_args.mode == "linear":
             probe = load_probe(checkpoint, model_args.attn_implementation)
-            return probe, AutoImageProcessor.from_pretrained(checkpoint)
+            return probe, AutoImageProcessor.from_pretrained(checkpoint), None
         # A checkpoint has its configuration and its stages.
         own = {"config_name": None, "config_overrides": None, "feature_stage": None}
         model_args = replace(model_args, model_name_or_path=checkpoint, **own)
-    overrides = parse_overrides(model_args.config_overrides)
+    overrides, origin = parse_overrides(model_args.config_overrides), None
     if model_args.config_name:
         if names is None:
             raise ValueError("`config_name` starts from scratch, so there is no classifier yet: give `do_train` too.")
@@ -222,19 +224,9 @@ def build_model(model_args: ModelArguments, names: list[str] | None, checkpoint:
         model = AutoModelForImageClassification.from_config(config, attn_implementation=attention)
         image_processor = build_image_processor(config)
     else:
-        read_config(model_args.model_name_or_path, "model_name_or_path")
-        # A frozen encoder drops nothing.
-        drop_path_rate = model_args.drop_path_rate if model_args.mode == "finetune" else 0.0
-        model = load_classifier(
-            model_args.model_name_or_path,
-            names,
-            overrides,
-            drop_path_rate,
-            # Probes replace the head.
-            ignore_mismatched_sizes=model_args.ignore_mismatched_sizes or model_args.mode != "finetune",
-            attn_implementation=model_args.attn_implementation,
-        )
-        image_processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path)
+        with start_of(model_args.model_name_or_path, "model_name_or_path", any_model=True) as start:
+            model, image_processor = load_start(model_args, start, names, overrides)
+            origin = None if checkpoint else start.origin
     if model_args.feature_stage is not None:
         if not isinstance(model, GreenMIMForImageClassification):
             raise ValueError(
@@ -247,7 +239,25 @@ def build_model(model_args: ModelArguments, names: list[str] | None, checkpoint:
                 f"`feature_stage` is {model_args.feature_stage}, on which no classifier was trained: give `do_train`,"
                 " or `mode` knn."
             )
-    return model, image_processor
+    return model, image_processor, origin
+
+
+def load_start(model_args: ModelArguments, start: Start, names: list[str] | None, overrides: dict) -> tuple:
+    """The classifier that a checkpoint makes, and its image processor; errors as in `load_classifier`."""
+    model = load_classifier(
+        start.folder,
+        names,
+        overrides,
+        # A frozen encoder drops nothing.
+        model_args.drop_path_rate if model_args.mode == "finetune" else 0.0,
+        # Probes replace the head.
+        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes or model_args.mode != "finetune",
+        attn_implementation=model_args.attn_implementation,
+    )
+    if not isinstance(model, GreenMIMForImageClassification):
+        return model, AutoImageProcessor.from_pretrained(start.folder)
+    carry_channels(model, start, model_args.channel_weights)
+    return model, image_processor_of(start, model.config)
 
 
 def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, config, image_processor) -> dict:
@@ -324,7 +334,7 @@ def run(
     learns = args.do_train or model_args.mode == "knn"
     names = labels.label_names(parts.train.records) if learns else None
     # Training loads its checkpoint itself, with all that belongs to it.
-    model, image_processor = build_model(model_args, names, None if args.do_train else checkpoint)
+    model, image_processor, origin = build_model(model_args, names, None if args.do_train else checkpoint)
     image_processor = as_evaluated(image_processor, model.config, args.crop_pct)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     parts.number_as(names, "`train_dir`" if learns else "the model")
@@ -348,6 +358,7 @@ def run(
             data_args.train_dir or data_args.validation_dir or data_args.test_dir,
             elpv_labels="A cell counts as defective when the probability of a defect is at least 0.5. ",
             arguments=(model_args, data_args),
+            origin=origin,
         ),
     )
     if model_args.mode == "knn":

@@ -50,6 +50,7 @@ from training_greenmim.runs.checkpoints import find_checkpoint
 from training_greenmim.runs.lock import locked_output
 from training_greenmim.runs.models import build_config, from_pretrained, read_greenmim_config
 from training_greenmim.runs.script import check_channels, evaluate, finish, run_script, train
+from training_greenmim.runs.starts import carry_channels, check_changes, image_processor_of, start_of
 
 
 logger = logging.getLogger(__name__)
@@ -71,10 +72,11 @@ class ModelArguments(ModelSourceArguments):
     )
 
     def __post_init__(self):
-        if self.model_name_or_path and (self.config_name or self.config_overrides):
+        super().__post_init__()
+        if self.model_name_or_path and self.config_name:
             raise ValueError(
-                f"`model_name_or_path` is {self.model_name_or_path!r}: its configuration is fixed, so neither"
-                " `config_name` nor `config_overrides` can be given."
+                f"`model_name_or_path` is {self.model_name_or_path!r} and `config_name` is {self.config_name!r}; give"
+                " one of them. `config_overrides` changes what a checkpoint leaves open."
             )
 
 
@@ -258,33 +260,43 @@ def labelled_records(evaluation, data: DataArguments):
 def build_model(
     model_args: ModelArguments, target: TargetArguments, args: MIMTrainingArguments, checkpoint: str | None = None
 ) -> tuple:
-    """The model, from a checkpoint of the run, from one to go on from, or new; its image processor; its teacher.
+    """The model, from a checkpoint of the run or to go on from, or new; its image processor, teacher and origin.
 
     Raises:
         `ValueError`: for checkpoints of other models, configurations that there are not, and teachers that are none.
     """
-    options = {"attn_implementation": model_args.attn_implementation}
-    argument, name = "model_name_or_path", model_args.model_name_or_path
+    attention, name = model_args.attn_implementation, model_args.model_name_or_path
     # Checkpoints in parts have no configuration: theirs is that of the arguments.
-    is_own = checkpoint and os.path.isfile(os.path.join(checkpoint, "config.json"))
-    if is_own:
-        argument, name = "resume_from_checkpoint", checkpoint
+    if checkpoint and os.path.isfile(os.path.join(checkpoint, "config.json")):
+        config = GreenMIMConfig(**read_greenmim_config(checkpoint, "resume_from_checkpoint"))
+        model, _ = from_pretrained(GreenMIMForPreTraining, checkpoint, config=config, attn_implementation=attention)
+        return model, AutoImageProcessor.from_pretrained(checkpoint), build_teacher(target, config, args), None
     # The width of a teacher's features is known once it is loaded, for which the size of the images is needed.
-    values = {} if is_own else target.config_values(width=1)
-    if name:
-        read_greenmim_config(name, argument)
-    config = build_config(name or model_args.config_name or "base", model_args.config_overrides, values)
-    teacher = build_teacher(target, config, args)
-    if teacher is not None and not is_own:
-        config.target_width = teacher.width
+    values, overrides = target.config_values(width=1), model_args.config_overrides
     if not name:
-        model = AutoModelForPreTraining.from_config(config, **options)
-        return model, build_image_processor(config), teacher
-    # Another target has another decoder.
-    model, _ = from_pretrained(
-        GreenMIMForPreTraining, name, config=config, ignore_mismatched_sizes=target.target is not None, **options
-    )
-    return model, AutoImageProcessor.from_pretrained(name), teacher
+        config = build_config(model_args.config_name or "base", overrides, values)
+        teacher = build_teacher(target, config, args)
+        if teacher is not None:
+            config.target_width = teacher.width
+        model = AutoModelForPreTraining.from_config(config, attn_implementation=attention)
+        return model, build_image_processor(config), teacher, None
+    with start_of(name, "model_name_or_path") as start:
+        config = build_config(start.folder, overrides, values)
+        check_changes(start.config, config, name)
+        teacher = build_teacher(target, config, args)
+        if teacher is not None:
+            config.target_width = teacher.width
+        # Another target has another decoder; what else may differ was checked.
+        may_differ = bool(target.target or overrides)
+        model, _ = from_pretrained(
+            GreenMIMForPreTraining,
+            start.folder,
+            config=config,
+            ignore_mismatched_sizes=may_differ,
+            attn_implementation=attention,
+        )
+        carry_channels(model, start, model_args.channel_weights)
+        return model, image_processor_of(start, config), teacher, start.origin
 
 
 def build_teacher(target: TargetArguments, config: GreenMIMConfig, args: MIMTrainingArguments) -> Teacher | None:
@@ -331,7 +343,7 @@ def run(
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
     evaluated = None if args.do_train else checkpoint  # training loads its checkpoint itself
-    model, image_processor, teacher = build_model(model_args, target_args, args, evaluated)
+    model, image_processor, teacher, origin = build_model(model_args, target_args, args, evaluated)
     train_dataset, eval_dataset = build_datasets(data_args, target_args, args, model.config, teacher)
     trainer = MIMTrainer(
         model,
@@ -348,6 +360,7 @@ def run(
             data_args.dataset_name,
             data_args.train_dir,
             arguments=(model_args, target_args, data_args),
+            origin=origin,
         ),
     )
 

@@ -207,14 +207,17 @@ def test_models_that_there_are_not_are_refused_by_name(tmp_path, no_hub, vit):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.pth").write_bytes(b"weights")
     argv = ["--output_dir", str(tmp_path / "out"), "--do_train", "--use_cpu", "true", "--train_dir", "x"]
-    for argument in ("model_name_or_path", "config_name"):
-        for name, error in (
-            (tmp_path / "empty", "a folder without a config.json"),
-            (tmp_path / "file.pth", "a file; a folder with a config.json is needed.*conversion import"),
-            (vit, "a checkpoint of model type 'vit'; one of GreenMIM is needed.*conversion import"),
-        ):
-            with pytest.raises(ValueError, match=f"`{argument}` is '{name}', {error}"):
-                run_mim.main([*argv, f"--{argument}", str(name)])
+    file, of_vit = tmp_path / "file.pth", "a checkpoint of model type 'vit'"
+    for argument, name, error in (
+        ("config_name", tmp_path / "empty", "a folder without a config.json"),
+        ("config_name", file, "a file; a folder with a config.json is needed.*conversion import"),
+        ("config_name", vit, f"{of_vit}; one of GreenMIM is needed.*conversion import"),
+        ("model_name_or_path", tmp_path / "empty", "a folder without a config.json"),
+        ("model_name_or_path", file, "which cannot be converted: .* damaged .*conversion import"),
+        ("model_name_or_path", vit, f"{of_vit}. It can be a folder or a Hub repository of GreenMIM, of Transformers'"),
+    ):
+        with pytest.raises(ValueError, match=f"`{argument}` is '{name}', {error}"):
+            run_mim.main([*argv, f"--{argument}", str(name)])
     assert not (tmp_path / "out").exists()
 
 

@@ -14,6 +14,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from modeling_greenmim import GreenMIMForImageClassification
+
 from ..data.scaling import scaling_of
 from ..data.transforms import EvalTransform
 from ..runs.models import check_overrides, from_pretrained
@@ -128,13 +130,16 @@ def load_classifier(
             " images."
         )
     head = head_name(model)
-    widths = [weight for weight in new.mismatched if not weight.startswith(f"{head}.")]
+    may_differ = (f"{head}.",)
+    if isinstance(model, GreenMIMForImageClassification) and "num_channels" in overrides:
+        may_differ += ("greenmim.embeddings.patch_embeddings.projection.",)
+    widths = [weight for weight in new.mismatched if not weight.startswith(may_differ)]
     if widths:
         raise ValueError(
             f"`config_overrides` is {overrides}, which changes the shapes of {len(widths)} weights of"
             f" `model_name_or_path`, {name!r}; a checkpoint keeps its widths and depths."
         )
-    if new.mismatched and not ignore_mismatched_sizes:
+    if any(weight.startswith(f"{head}.") for weight in new.mismatched) and not ignore_mismatched_sizes:
         raise ValueError(
             f"`model_name_or_path` is {name!r}, whose head is for {len(trained_names)} classes, not for"
             f" {model.config.num_labels}; --ignore_mismatched_sizes true replaces it by a new one."

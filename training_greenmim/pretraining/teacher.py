@@ -10,15 +10,14 @@ import inspect
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, ViTModel
 
 from ..classification.models import image_height_and_width
 from ..data.scaling import PixelScaling, scaling_of
+from ..runs.starts import licence_of
 
 
 # Blocks whose features are averaged (MaskAlign, section 3.3), where a teacher has so many of one size.
@@ -160,7 +159,7 @@ def load_teacher(
         )
     shorter = image_size or min(image_height_and_width(model.config, processor))
     size = _size_of_aspect(student_size, shorter, _stride_of(model.config))
-    facts = TeacherFacts(name, commit or revision, _licence(name, revision))
+    facts = TeacherFacts(name, commit or revision, licence_of(name, revision))
     return Teacher(model.to(device), scaling_of(processor, own_channels), size, facts)
 
 
@@ -278,12 +277,3 @@ def _size_of_aspect(aspect_of: tuple[int, int], shorter: int, stride: int) -> tu
         return shorter, shorter
     longer = stride * round(shorter * max(aspect_of) / min(aspect_of) / stride)
     return (shorter, longer) if height < width else (longer, shorter)
-
-
-def _licence(name: str, revision: str | None) -> str | None:
-    """The licence that a model card names; None without one."""
-    try:
-        card = Path(name, "README.md") if Path(name).is_dir() else name
-        return ModelCard.load(card).data.to_dict().get("license")
-    except Exception:  # no card, a broken one, or no network: the run does not depend on it
-        return None

@@ -19,6 +19,7 @@ from .argument_files import SUFFIXES, read_argument_file
 from .energy import check_country
 from .extras import require
 from .models import MODEL_SIZES
+from .starts import CHANNEL_RULES
 
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,19 @@ class ModelSourceArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention: sdpa or eager; default: sdpa where the architecture has it."}
     )
+    channel_weights: str = field(
+        default="mean",
+        metadata={
+            "help": "Where config_overrides gives a checkpoint another number of channels, the weights of these: mean"
+            " of the old ones, first (the first keep theirs, more start anew) or new."
+        },
+    )
+
+    def __post_init__(self):
+        if self.channel_weights not in CHANNEL_RULES:
+            raise ValueError(
+                f"`channel_weights` is {self.channel_weights!r}; it must be one of {', '.join(CHANNEL_RULES)}."
+            )
 
 
 @dataclass

@@ -162,6 +162,7 @@ class RunFacts:
         dataset: name of the data.
         license_name: the Hub's name of the licence that the data asks for, if known.
         arguments: those of the script beside the trainer's, for the record in checkpoints.
+        origin: what it went on from, with its licence; None for a run from scratch.
     """
 
     command: str
@@ -169,6 +170,7 @@ class RunFacts:
     dataset: str
     license_name: str | None = None
     arguments: dict = field(default_factory=dict)
+    origin: str | None = None
 
 
 # Of evaluation's results, those that measure the machine and not the model.
@@ -200,6 +202,7 @@ def describe_run(
     folder: str | None,
     elpv_labels: str = "",
     arguments: tuple = (),
+    origin: str | None = None,
 ) -> RunFacts:
     """What the model card and checkpoints tell of a run of a script.
 
@@ -208,6 +211,7 @@ def describe_run(
         dataset_name, folder: where the images come from; without either they are the ELPV photographs.
         elpv_labels: a sentence on the labels of the ELPV photographs, if they are used.
         arguments: dataclasses of arguments beside those of the trainer.
+        origin: what the run goes on from.
     """
     given = {name: value for part in arguments for name, value in asdict(part).items()}
     counts = [f"{len(part):,} for {purpose}" for purpose, part in images.items() if isinstance(part, Sized)]
@@ -215,10 +219,10 @@ def describe_run(
     command = shlex.join(["python", script, *argv])
     if dataset_name or folder:
         name = dataset_name or os.path.basename(os.path.abspath(folder))
-        return RunFacts(command, f"Images of `{name}`: {counts}.", name, arguments=given)
+        return RunFacts(command, f"Images of `{name}`: {counts}.", name, arguments=given, origin=origin)
     page = "[ELPV](https://github.com/zae-bayern/elpv-dataset)"
     sentence = f"{page}, electroluminescence photographs of solar cells (CC-BY-NC-SA-4.0): {counts}."
-    return RunFacts(command, f"{sentence} {elpv_labels}The split is fixed.", "ELPV", "cc-by-nc-sa-4.0", given)
+    return RunFacts(command, f"{sentence} {elpv_labels}The split is fixed.", "ELPV", "cc-by-nc-sa-4.0", given, origin)
 
 
 def write_model_card(trainer, facts: RunFacts) -> None:
@@ -239,12 +243,22 @@ def write_model_card(trainer, facts: RunFacts) -> None:
             "pipeline_tag": "image-feature-extraction",
             "tags": ["greenmim", config.backbone_type, "masked-image-modeling"],
         },
-        recipe=_table(_pretraining_recipe(trainer)),
+        recipe=_table(_started_from(facts) | _pretraining_recipe(trainer)),
         pictures=pictures,
         method=_method(trainer.model, trainer.teacher),
-        and_from=" and from its teacher" if trainer.teacher else " alone",
+        and_from=_and_from(facts, trainer.teacher),
         backbone=config.backbone_type.capitalize(),
     )
+
+
+def _started_from(facts: RunFacts) -> dict:
+    return {"starts from": facts.origin} if facts.origin else {}
+
+
+def _and_from(facts: RunFacts, teacher) -> str:
+    """What a model learned from, beside its images."""
+    sources = ["from the weights it started from"] * bool(facts.origin) + ["from its teacher"] * bool(teacher)
+    return "".join(f" and {source}" for source in sources) or " alone"
 
 
 def _method(model, teacher) -> str:
@@ -274,7 +288,7 @@ def write_classifier_card(trainer, facts: RunFacts) -> None:
         facts,
         CLASSIFIER,
         {"pipeline_tag": "image-classification", "tags": [config.model_type]},
-        recipe=_table(_classification_recipe(trainer)),
+        recipe=_table(_started_from(facts) | _classification_recipe(trainer)),
         pictures=pictures,
         class_name=type(trainer.model).__name__,
         num_labels=len(names),

@@ -126,6 +126,8 @@ def build_config(name: str, overrides: str | None = None, defaults: dict | None 
         )
     changes = parse_overrides(overrides)
     check_overrides(changes, GreenMIMConfig)
+    if "depths" in changes:  # stages have other names then
+        values = {key: value for key, value in values.items() if key not in ("out_features", "out_indices")}
     try:
         return GreenMIMConfig(**{**values, **(defaults or {}), **changes})
     except StrictDataclassError as error:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    SwinBackbone,
     SwinConfig,
     SwinForImageClassification,
     SwinForMaskedImageModeling,
@@ -26,7 +27,9 @@ from ..reading import clear_errors, load_whole
 
 NAME, TITLE = "transformers-swin", "Transformers' Swin"
 BACKBONE_TYPES, OUTPUT = ("swin",), "folder"
-CLASSES = {cls.__name__: cls for cls in (SwinModel, SwinForImageClassification, SwinForMaskedImageModeling)}
+CLASSES = {
+    cls.__name__: cls for cls in (SwinModel, SwinForImageClassification, SwinForMaskedImageModeling, SwinBackbone)
+}
 # Pairs of names, ours first; queries, keys and values are apart there.
 NAMES = [
     ("attention.proj.", "attention.o_proj."),
@@ -73,11 +76,23 @@ def read(source: Source) -> Checkpoint:
         raise CheckpointError(
             f"`checkpoint` {str(folder)!r} adds absolute position embeddings, which GreenMIM has not."
         )
-    model_class = CLASSES.get((config.architectures or [""])[0], SwinModel)
+    model = _load(folder, (config.architectures or [None])[0])
     values = {name: getattr(config, name) for name in (*NO_WEIGHT_TELLS, "problem_type")}
-    if model_class is SwinForImageClassification:
+    if isinstance(model, SwinForImageClassification):
         values |= {"id2label": config.id2label, "label2id": config.label2id}
-    return Checkpoint(NAME, to_ours(load_whole(model_class, folder, "checkpoint")), values)
+    return Checkpoint(NAME, to_ours(model), values)
+
+
+def _load(folder: Path, architecture: str | None) -> nn.Module:
+    """A model of the class that the configuration names; where it names none, as old ones, of the first that fits."""
+    if architecture is not None:
+        return load_whole(CLASSES.get(architecture, SwinModel), folder, "checkpoint")
+    for model_class in CLASSES.values():
+        try:
+            return load_whole(model_class, folder, "checkpoint")
+        except CheckpointError as error:
+            refused = error
+    raise refused
 
 
 def write(model: nn.Module, output: Path) -> Callable:
@@ -99,6 +114,11 @@ def to_ours(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, tensor in model.state_dict().items():
         if name.startswith(("decoder.", "swin.embeddings.mask_token", "embeddings.mask_token")):
             continue  # SimMIM's
+        if name.startswith("hidden_states_norms."):  # of a backbone: the last stage's is the encoder's own
+            _, stage, kind = name.split(".")
+            if stage != model.stage_names[-1]:
+                continue
+            name = f"layernorm.{kind}"
         name = name if name.startswith("classifier.") else "greenmim." + name.removeprefix("swin.")
         for ours, theirs in NAMES:
             name = name.replace(theirs, ours)
