@@ -6,6 +6,7 @@
         --validation_dir validation --output_dir outputs/classifier --do_train --do_eval
     python run_image_classification.py --mode linear ...     # only a linear head learns
     python run_image_classification.py --mode knn ...        # nothing learns: k nearest neighbours
+    python run_image_classification.py --mode embed ...      # features of images, as Parquet files
     accelerate launch run_image_classification.py ...        # any number of processes
 
 Folders hold one sub-folder for each class. Without --train_dir and --dataset_name it classifies the ELPV photographs
@@ -16,11 +17,13 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
 from modeling_greenmim import GreenMIMConfig, GreenMIMForImageClassification
 from modeling_greenmim.image_processing_greenmim import build_image_processor
+from training_greenmim.classification.embedding import EmbeddingTrainer, draw_neighbours, save_embeddings
 from training_greenmim.classification.metrics import load_metrics
 from training_greenmim.classification.models import (
     as_evaluated,
@@ -66,7 +69,7 @@ from training_greenmim.runs.starts import Start, carry_channels, image_processor
 
 logger = logging.getLogger(__name__)
 
-MODES = ("finetune", "linear", "knn")
+MODES = ("finetune", "linear", "knn", "embed")
 
 
 @dataclass
@@ -79,13 +82,19 @@ class ModelArguments(ModelSourceArguments):
     )
     mode: str = field(
         default="finetune",
-        metadata={"help": "finetune, linear (frozen encoder, batch norm, linear head) or knn (no training)."},
+        metadata={
+            "help": "finetune, linear (frozen encoder, batch norm, linear head), knn (no training), or embed, which"
+            " writes features with do_predict."
+        },
     )
     recipe: str | None = field(default=None, metadata={"help": HELP})
     feature_stage: int | None = field(
         default=None, metadata={"help": "Stage that gives the features, from 1; default: the last."}
     )
     drop_path_rate: float = field(default=0.0, metadata={"help": "Stochastic depth of the last block."})
+    embed_stages: list[int] | None = field(
+        default=None, metadata={"help": "Stages, from 1, whose maps of features embed writes too (GreenMIM's models)."}
+    )
     knn_k: int = field(default=20, metadata={"help": "Neighbours that vote."})
     knn_temperature: float = field(default=0.07, metadata={"help": "Temperature of the votes' weights."})
     ignore_mismatched_sizes: bool = field(
@@ -192,6 +201,12 @@ def check_work(model_args: ModelArguments, args: ClassificationTrainingArguments
         raise ValueError(
             "`mode` is 'knn', in which nothing learns; give `do_eval` or `do_predict` without `do_train`."
         )
+    if model_args.mode == "embed" and (args.do_train or args.do_eval or not args.do_predict):
+        raise ValueError("`mode` is 'embed', which writes features and nothing else: give `do_predict` alone.")
+    if model_args.embed_stages and model_args.mode != "embed":
+        raise ValueError(
+            f"`embed_stages` is {model_args.embed_stages}, but `mode` is {model_args.mode!r}, not 'embed'."
+        )
 
 
 def build_model(model_args: ModelArguments, names: list[str] | None, checkpoint: str | None = None) -> tuple:
@@ -234,7 +249,7 @@ def build_model(model_args: ModelArguments, names: list[str] | None, checkpoint:
                 f" {type(model).__name__}."
             )
         whole, model = model, first_stages(model, model_args.feature_stage)
-        if names is None and model is not whole:
+        if names is None and model is not whole and model_args.mode != "embed":
             raise ValueError(
                 f"`feature_stage` is {model_args.feature_stage}, on which no classifier was trained: give `do_train`,"
                 " or `mode` knn."
@@ -252,6 +267,7 @@ def load_start(model_args: ModelArguments, start: Start, names: list[str] | None
         model_args.drop_path_rate if model_args.mode == "finetune" else 0.0,
         # Probes replace the head.
         ignore_mismatched_sizes=model_args.ignore_mismatched_sizes or model_args.mode != "finetune",
+        needs_head=model_args.mode != "embed",
         attn_implementation=model_args.attn_implementation,
     )
     if not isinstance(model, GreenMIMForImageClassification):
@@ -333,6 +349,8 @@ def run(
         )
     learns = args.do_train or model_args.mode == "knn"
     names = labels.label_names(parts.train.records) if learns else None
+    if model_args.mode == "embed" and parts.test.is_labelled:
+        names = labels.label_names(parts.test.records)
     # Training loads its checkpoint itself, with all that belongs to it.
     model, image_processor, origin = build_model(model_args, names, None if args.do_train else checkpoint)
     image_processor = as_evaluated(image_processor, model.config, args.crop_pct)
@@ -342,7 +360,10 @@ def run(
 
     if model_args.mode == "linear" and args.do_train:
         freeze_encoder(model)
-    trainer = ClassificationTrainer(
+    trainer_class = ClassificationTrainer
+    if model_args.mode == "embed":
+        trainer_class = partial(EmbeddingTrainer, stages=model_args.embed_stages or [])
+    trainer = trainer_class(
         model,
         args,
         train_dataset=images["train"],
@@ -369,7 +390,9 @@ def run(
         trainer.load_state(checkpoint)
     if args.do_eval:
         evaluate(trainer)
-    if args.do_predict:
+    if model_args.mode == "embed":
+        embed(trainer, images["test"])
+    elif args.do_predict:
         path = os.path.join(args.output_dir, "predictions.csv")
         trainer.save_predictions(trainer.predict(images["test"]), images["test"], path)
         logger.info(f"Predictions: {path}")
@@ -380,6 +403,14 @@ def run(
             fold_head(model)
         trainer.save_model()
     finish(trainer)
+
+
+def embed(trainer: EmbeddingTrainer, dataset: EveryImage) -> None:
+    """Writes features and a picture of neighbours."""
+    folder = save_embeddings(trainer, dataset)
+    logger.info(f"Features: {folder}")
+    if trainer.is_world_process_zero():
+        logger.info(f"Images and their neighbours: {draw_neighbours(folder, dataset, trainer.args.output_dir)}")
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def load_classifier(
     overrides: dict,
     drop_path_rate: float = 0.0,
     ignore_mismatched_sizes: bool = False,
+    needs_head: bool = True,
     **options,
 ) -> PreTrainedModel:
     """An image classifier from a checkpoint of GreenMIM or of any model that has one.
@@ -98,6 +99,7 @@ def load_classifier(
         overrides: changes to the configuration, such as another `image_size`.
         drop_path_rate: stochastic depth, where the architecture has it.
         ignore_mismatched_sizes: whether a head of another size is replaced by a new one.
+        needs_head: whether a checkpoint without a trained head is refused where there are no `label_names`.
         options: more for `from_pretrained`.
 
     Raises:
@@ -145,7 +147,7 @@ def load_classifier(
             f" {model.config.num_labels}; --ignore_mismatched_sizes true replaces it by a new one."
         )
     has_own_head = not any(weight.startswith(f"{head}.") for weight in (*new.mismatched, *new.missing))
-    if label_names is None and not has_own_head:
+    if needs_head and label_names is None and not has_own_head:
         raise ValueError(
             f"`model_name_or_path` is {name!r}, which has no trained classifier: give `do_train`, or `mode` knn."
         )

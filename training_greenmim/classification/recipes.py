@@ -107,7 +107,7 @@ def auto(facts: Facts, chosen: dict) -> dict[str, Choice]:
     Args:
         chosen: all arguments as given, with their defaults.
     """
-    if chosen["mode"] == "knn":
+    if chosen["mode"] in ("knn", "embed"):
         return {}
     if facts.count >= MANY_IMAGES:
         name = "linear" if chosen["mode"] == "linear" else "swin-base"

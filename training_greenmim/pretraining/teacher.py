@@ -5,7 +5,6 @@ MaskAlign (https://huggingface.co/papers/2211.08887), MILAN (https://huggingface
 (https://huggingface.co/papers/2209.03917).
 """
 
-import hashlib
 import inspect
 import math
 import time
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedMo
 
 from ..classification.models import image_height_and_width
 from ..data.scaling import PixelScaling, scaling_of
+from ..runs.models import weights_checksum
 from ..runs.starts import licence_of
 
 
@@ -67,10 +67,7 @@ class Teacher:
 
     def checksum(self) -> str:
         """Tells teachers of one name apart, such as a folder before and after another training."""
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return weights_checksum(self.model)
 
     def _try_out(self) -> tuple[tuple[int, int], int]:
         """Rows and columns of its map, and the width of its features."""

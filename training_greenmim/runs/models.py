@@ -1,12 +1,15 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Named sizes of models, configurations with overrides, and loading with one line of report."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -134,6 +137,14 @@ def build_config(name: str, overrides: str | None = None, defaults: dict | None 
         # Its own message repeats that of its cause under a headline.
         given = f"`config_overrides` is {overrides!r}: " if overrides else f"`config_name` is {name!r}: "
         raise ValueError(f"{given}{error.__cause__ or error}") from None
+
+
+def weights_checksum(model: nn.Module) -> str:
+    """Tells models of one name apart, such as a folder before and after another training."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class NewWeights(NamedTuple):
