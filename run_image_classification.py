@@ -227,42 +227,39 @@ def build_model(model_args: ModelArguments, names: list[str] | None, checkpoint:
         # A checkpoint has its configuration and its stages.
         own = {"config_name": None, "config_overrides": None, "feature_stage": None}
         model_args = replace(model_args, model_name_or_path=checkpoint, **own)
-    overrides, origin = parse_overrides(model_args.config_overrides), None
     if model_args.config_name:
-        if names is None:
-            raise ValueError("`config_name` starts from scratch, so there is no classifier yet: give `do_train` too.")
-        values = build_config(model_args.config_name, model_args.config_overrides).to_dict()
-        config = GreenMIMConfig(
-            **{**values, "drop_path_rate": model_args.drop_path_rate, **overrides, **class_names(names)}
-        )
-        attention = model_args.attn_implementation
-        model = AutoModelForImageClassification.from_config(config, attn_implementation=attention)
-        image_processor = build_image_processor(config)
+        model, image_processor = new_model(model_args, names)
+        origin = None
     else:
         with start_of(model_args.model_name_or_path, "model_name_or_path", any_model=True) as start:
-            model, image_processor = load_start(model_args, start, names, overrides)
-            origin = None if checkpoint else start.origin
-    if model_args.feature_stage is not None:
-        if not isinstance(model, GreenMIMForImageClassification):
-            raise ValueError(
-                f"`feature_stage` is {model_args.feature_stage}, which needs a GreenMIM model, but the model is a"
-                f" {type(model).__name__}."
-            )
-        whole, model = model, first_stages(model, model_args.feature_stage)
-        if names is None and model is not whole and model_args.mode != "embed":
-            raise ValueError(
-                f"`feature_stage` is {model_args.feature_stage}, on which no classifier was trained: give `do_train`,"
-                " or `mode` knn."
-            )
-    return model, image_processor, origin
+            model, image_processor = load_start(model_args, start, names)
+        origin = None if checkpoint else start.origin
+    return take_stages(model, model_args, names), image_processor, origin
 
 
-def load_start(model_args: ModelArguments, start: Start, names: list[str] | None, overrides: dict) -> tuple:
+def new_model(model_args: ModelArguments, names: list[str] | None) -> tuple:
+    """A classifier from scratch, and its image processor.
+
+    Raises:
+        `ValueError`: without classes, and for configurations that there are not.
+    """
+    if names is None:
+        raise ValueError("`config_name` starts from scratch, so there is no classifier yet: give `do_train` too.")
+    values = build_config(model_args.config_name, model_args.config_overrides).to_dict()
+    values["drop_path_rate"] = model_args.drop_path_rate
+    overrides = parse_overrides(model_args.config_overrides)
+    config = GreenMIMConfig(**{**values, **overrides, **class_names(names)})
+    attention = model_args.attn_implementation
+    model = AutoModelForImageClassification.from_config(config, attn_implementation=attention)
+    return model, build_image_processor(config)
+
+
+def load_start(model_args: ModelArguments, start: Start, names: list[str] | None) -> tuple:
     """The classifier that a checkpoint makes, and its image processor; errors as in `load_classifier`."""
     model = load_classifier(
         start.folder,
         names,
-        overrides,
+        parse_overrides(model_args.config_overrides),
         # A frozen encoder drops nothing.
         model_args.drop_path_rate if model_args.mode == "finetune" else 0.0,
         # Probes replace the head.
@@ -274,6 +271,27 @@ def load_start(model_args: ModelArguments, start: Start, names: list[str] | None
         return model, AutoImageProcessor.from_pretrained(start.folder)
     carry_channels(model, start, model_args.channel_weights)
     return model, image_processor_of(start, model.config)
+
+
+def take_stages(model, model_args: ModelArguments, names: list[str] | None):
+    """The model up to `feature_stage`, where one is given.
+
+    Raises:
+        `ValueError`: for other models, stages that there are not, and where a head that is needed is not trained.
+    """
+    stage = model_args.feature_stage
+    if stage is None:
+        return model
+    if not isinstance(model, GreenMIMForImageClassification):
+        raise ValueError(
+            f"`feature_stage` is {stage}, which needs a GreenMIM model, but the model is a {type(model).__name__}."
+        )
+    shortened = first_stages(model, stage)
+    if names is None and shortened is not model and model_args.mode != "embed":
+        raise ValueError(
+            f"`feature_stage` is {stage}, on which no classifier was trained: give `do_train`, or `mode` knn or embed."
+        )
+    return shortened
 
 
 def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, config, image_processor) -> dict:

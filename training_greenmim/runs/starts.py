@@ -172,9 +172,12 @@ def check_changes(old: dict, new: GreenMIMConfig, name: str) -> None:
             )
 
 
-def image_processor_of(start: Start, config: GreenMIMConfig) -> GreenMIMImageProcessorPil:
-    """That of a configuration, with the mean and standard deviation of a checkpoint for as many channels."""
-    processor, own = build_image_processor(config), AutoImageProcessor.from_pretrained(start.folder)
+def image_processor_of(start: Start, config: GreenMIMConfig):
+    """A checkpoint's image processor; one of ours is made anew for the size and channels of a configuration."""
+    own = AutoImageProcessor.from_pretrained(start.folder)
+    if not isinstance(own, GreenMIMImageProcessorPil):
+        return own
+    processor = build_image_processor(config)
     if len(own.image_mean) == config.num_channels:
         processor.image_mean, processor.image_std = own.image_mean, own.image_std
     return processor
