@@ -17,7 +17,6 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from transformers import AutoImageProcessor, AutoModelForImageClassification, set_seed
 
@@ -203,6 +202,11 @@ def check_work(model_args: ModelArguments, args: ClassificationTrainingArguments
         )
     if model_args.mode == "embed" and (args.do_train or args.do_eval or not args.do_predict):
         raise ValueError("`mode` is 'embed', which writes features and nothing else: give `do_predict` alone.")
+    if model_args.mode == "embed" and model_args.config_name:
+        raise ValueError(
+            f"`config_name` is {model_args.config_name!r}, which starts from scratch, but `mode` is 'embed': give"
+            " `model_name_or_path`."
+        )
     if model_args.embed_stages and model_args.mode != "embed":
         raise ValueError(
             f"`embed_stages` is {model_args.embed_stages}, but `mode` is {model_args.mode!r}, not 'embed'."
@@ -344,7 +348,10 @@ def main(argv: list[str] | None = None) -> None:
     args.set_up_logging()
     recipe.explain(model_args, data_args, args)
     with locked_output(args):
-        run(model_args, data_args, args, argv)
+        if model_args.mode == "embed":
+            embed(model_args, data_args, args)
+        else:
+            run(model_args, data_args, args, argv)
 
 
 def run(
@@ -367,8 +374,6 @@ def run(
         )
     learns = args.do_train or model_args.mode == "knn"
     names = labels.label_names(parts.train.records) if learns else None
-    if model_args.mode == "embed" and parts.test.is_labelled:
-        names = labels.label_names(parts.test.records)
     # Training loads its checkpoint itself, with all that belongs to it.
     model, image_processor, origin = build_model(model_args, names, None if args.do_train else checkpoint)
     image_processor = as_evaluated(image_processor, model.config, args.crop_pct)
@@ -378,10 +383,7 @@ def run(
 
     if model_args.mode == "linear" and args.do_train:
         freeze_encoder(model)
-    trainer_class = ClassificationTrainer
-    if model_args.mode == "embed":
-        trainer_class = partial(EmbeddingTrainer, stages=model_args.embed_stages or [])
-    trainer = trainer_class(
+    trainer = ClassificationTrainer(
         model,
         args,
         train_dataset=images["train"],
@@ -408,9 +410,7 @@ def run(
         trainer.load_state(checkpoint)
     if args.do_eval:
         evaluate(trainer)
-    if model_args.mode == "embed":
-        embed(trainer, images["test"])
-    elif args.do_predict:
+    if args.do_predict:
         path = os.path.join(args.output_dir, "predictions.csv")
         trainer.save_predictions(trainer.predict(images["test"]), images["test"], path)
         logger.info(f"Predictions: {path}")
@@ -423,12 +423,25 @@ def run(
     finish(trainer)
 
 
-def embed(trainer: EmbeddingTrainer, dataset: EveryImage) -> None:
-    """Writes features and a picture of neighbours."""
-    folder = save_embeddings(trainer, dataset)
-    logger.info(f"Features: {folder}")
-    if trainer.is_world_process_zero():
-        logger.info(f"Images and their neighbours: {draw_neighbours(folder, dataset, trainer.args.output_dir)}")
+def embed(model_args: ModelArguments, data_args: DataArguments, args: ClassificationTrainingArguments) -> None:
+    """Writes features of all images that are named, and a picture of neighbours."""
+    set_seed(args.seed)
+    parts = read_records(DataSource.of(data_args), labelled=True)
+    columns = (data_args.image_column_name, data_args.label_column_name)
+    model, image_processor, _ = build_model(model_args, None)
+    image_processor = as_evaluated(image_processor, model.config, args.crop_pct)
+    size, channels = image_height_and_width(model.config, image_processor), getattr(model.config, "num_channels", 3)
+    check_channels(channels)
+    trainer = EmbeddingTrainer(model, args, image_processor=image_processor, stages=model_args.embed_stages or [])
+    for name, part in parts.items():
+        records = labels.prepare(part.records, part.argument, *columns, may_lack_labels=True)
+        check_first_readable(records, "image", size, channels, part.argument)
+        label = labels.LABEL if labels.LABEL in records.features else None
+        images = EveryImage(records, "image", EvalTransform(size, channels, args.crop_pct), args.seed, label)
+        paths = save_embeddings(trainer, images, name)
+        picture = os.path.join(args.output_dir, f"{name}_neighbours.png")
+        if trainer.is_world_process_zero() and draw_neighbours(paths, images, picture):
+            logger.info(f"Images and their neighbours: {picture}")
 
 
 if __name__ == "__main__":
