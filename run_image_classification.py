@@ -61,9 +61,9 @@ from training_greenmim.runs.auto import Recipe
 from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
 from training_greenmim.runs.lock import locked_output
-from training_greenmim.runs.models import build_config, parse_overrides, read_config
+from training_greenmim.runs.models import build_config, check_overrides, parse_overrides, read_config
 from training_greenmim.runs.script import check_channels, evaluate, finish, run_script, train
-from training_greenmim.runs.starts import Start, carry_channels, image_processor_of, start_of
+from training_greenmim.runs.starts import Start, carry_channels, check_changes, image_processor_of, start_of
 
 
 logger = logging.getLogger(__name__)
@@ -260,15 +260,20 @@ def new_model(model_args: ModelArguments, names: list[str] | None) -> tuple:
 
 def load_start(model_args: ModelArguments, start: Start, names: list[str] | None) -> tuple:
     """The classifier that a checkpoint makes, and its image processor; errors as in `load_classifier`."""
+    overrides = parse_overrides(model_args.config_overrides)
+    if start.config.get("model_type") == GreenMIMConfig.model_type:
+        check_overrides(overrides, GreenMIMConfig)
+        check_changes(start.config, {**start.config, **overrides}, start.name)
     model = load_classifier(
         start.folder,
         names,
-        parse_overrides(model_args.config_overrides),
+        overrides,
         # A frozen encoder drops nothing.
         model_args.drop_path_rate if model_args.mode == "finetune" else 0.0,
         # Probes replace the head.
         ignore_mismatched_sizes=model_args.ignore_mismatched_sizes or model_args.mode != "finetune",
         needs_head=model_args.mode != "embed",
+        called=start.name,
         attn_implementation=model_args.attn_implementation,
     )
     if not isinstance(model, GreenMIMForImageClassification):

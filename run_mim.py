@@ -48,7 +48,7 @@ from training_greenmim.runs.auto import Recipe
 from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
 from training_greenmim.runs.lock import locked_output
-from training_greenmim.runs.models import build_config, from_pretrained, read_greenmim_config
+from training_greenmim.runs.models import build_config, changed_config, from_pretrained, read_greenmim_config
 from training_greenmim.runs.script import check_channels, evaluate, finish, run_script, train
 from training_greenmim.runs.starts import carry_channels, check_changes, image_processor_of, start_of
 
@@ -272,17 +272,18 @@ def build_model(
         model, _ = from_pretrained(GreenMIMForPreTraining, checkpoint, config=config, attn_implementation=attention)
         return model, AutoImageProcessor.from_pretrained(checkpoint), build_teacher(target, config, args), None
     # The width of a teacher's features is known once it is loaded, for which the size of the images is needed.
-    values, overrides = target.config_values(width=1), model_args.config_overrides
+    overrides = model_args.config_overrides
     if not name:
-        config = build_config(model_args.config_name or "base", overrides, values)
+        config = build_config(model_args.config_name or "base", overrides, target.config_values())
         teacher = build_teacher(target, config, args)
         if teacher is not None:
             config.target_width = teacher.width
         model = AutoModelForPreTraining.from_config(config, attn_implementation=attention)
         return model, build_image_processor(config), teacher, None
     with start_of(name, "model_name_or_path") as start:
-        config = build_config(start.folder, overrides, values)
-        check_changes(start.config, config, name)
+        values = target.config_values(start.config)
+        config = changed_config(start.config, overrides, values, f"`model_name_or_path` is {name!r}")
+        check_changes(start.config, config.to_dict(), name)
         teacher = build_teacher(target, config, args)
         if teacher is not None:
             config.target_width = teacher.width
@@ -291,6 +292,7 @@ def build_model(
         model, _ = from_pretrained(
             GreenMIMForPreTraining,
             start.folder,
+            called=name,
             config=config,
             ignore_mismatched_sizes=may_differ,
             attn_implementation=attention,

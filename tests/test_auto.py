@@ -35,7 +35,17 @@ CLASSIFICATION = (
 
 
 def facts(count: int, **changes) -> Facts:
-    return Facts(**{"count": count, "side": 300, "is_grey": False, "gpu_memory": None, "has_bf16": False, **changes})
+    return Facts(
+        **{
+            "count": count,
+            "decoded": 0.1,
+            "side": 300,
+            "is_grey": False,
+            "gpu_memory": None,
+            "has_bf16": False,
+            **changes,
+        }
+    )
 
 
 def read(types: tuple, recipe: Recipe | None, *argv) -> tuple:
@@ -51,7 +61,7 @@ def recipe_of_classification() -> Recipe:
 
 
 def chosen(**values) -> dict:
-    names = ("teacher", "config_name", "model_name_or_path", "learning_rate")
+    names = ("teacher", "config_name", "config_overrides", "model_name_or_path", "learning_rate")
     return {**dict.fromkeys(names), "max_steps": -1, "mode": "finetune", "output_dir": "out", **values}
 
 
@@ -60,6 +70,7 @@ def chosen(**values) -> dict:
 
 def look(folder, **values) -> Facts:
     given = {"train_dir": str(folder), "image_column_name": None, "use_cpu": True, "max_train_samples": None}
+    given |= {"do_eval": False, "do_predict": False, "train_val_split": 0.25}
     return look_at({**given, **values}, labelled=False)
 
 
@@ -69,7 +80,10 @@ def test_images_are_counted_and_measured(tmp_path):
     noise_image(0, 100, 120).save(tmp_path / "largest.png")
     found = look(tmp_path)
     assert (found.count, found.side, found.is_grey, found.gpu_memory) == (5, 40, False, None)
+    assert found.decoded == pytest.approx((3 * 48 * 40 + 90 * 70 + 100 * 120) * 3 / 1e9)
     assert look(tmp_path, max_train_samples=2).count == 2
+    assert look(tmp_path, do_eval=True).count == 3  # two are held out
+    assert look(tmp_path, do_eval=True, validation_dir=str(tmp_path)).count == 5
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "I;16"])
@@ -100,13 +114,13 @@ def test_streams_are_refused():
 # What it chooses
 
 
-@pytest.mark.parametrize(("count", "epochs"), [(200, 640), (500, 256), (1280, 100), (1968, 100), (1_000_000, 100)])
+@pytest.mark.parametrize(("count", "epochs"), [(12, 2000), (200, 500), (500, 250), (1968, 100), (1_000_000, 100)])
 def test_few_images_are_seen_more_often(count, epochs):
     assert pretraining.auto(facts(count), chosen())["num_train_epochs"].value == epochs
     assert "num_train_epochs" not in pretraining.auto(facts(count), chosen(max_steps=7))
 
 
-@pytest.mark.parametrize(("count", "epochs"), [(100, 40), (197, 20), (500, 8), (1968, 8), (49_999, 8)])
+@pytest.mark.parametrize(("count", "epochs"), [(1, 120), (10, 120), (100, 40), (197, 20), (500, 8), (49_999, 8)])
 def test_few_labelled_images_are_seen_more_often(count, epochs):
     assert classification.auto(facts(count), chosen(config_name="tiny"))["num_train_epochs"].value == epochs
 
@@ -137,30 +151,63 @@ def test_models_for_a_gpu(memory, count, name, batch):
 
 @pytest.mark.parametrize("given", [{"config_name": "base"}, {"model_name_or_path": "somewhere"}])
 def test_a_model_that_is_given_stays(given):
-    names = {"config_name", "config_overrides", "base_learning_rate", "per_device_train_batch_size"}
+    names = {"config_name", "config_overrides", "base_learning_rate"}
     assert not names & set(pretraining.auto(facts(500), chosen(**given)))
 
 
 def test_many_labelled_images_take_the_published_recipe():
     choices = classification.auto(facts(50_000), chosen(config_name="base"))
     assert {name: choice.value for name, choice in choices.items()} == classification.RECIPES["swin-base"]
-    assert classification.auto(facts(500), chosen(mode="knn")) == {}
+    assert classification.auto(facts(500), chosen(mode="knn", config_name="base")) == {}
+    assert classification.auto(facts(500), chosen()) == {}
+
+
+def test_batches_are_no_larger_than_the_images(tmp_path):
+    batches = [
+        classification.auto(facts(count), chosen(config_name="tiny"))["per_device_train_batch_size"].value
+        for count in (1, 2, 10, 31, 32, 500)
+    ]
+    assert batches == [1, 2, 8, 16, 32, 32]
+
+
+@pytest.mark.parametrize("module", [pretraining, classification])
+def test_large_images_are_not_kept_decoded(module):
+    assert module.auto(facts(500, decoded=9.9), chosen(config_name="tiny"))["decode_once"].value is True
+    assert module.auto(facts(500, decoded=10.1), chosen(config_name="tiny"))["decode_once"].value is False
+
+
+def test_changes_to_a_model_that_is_not_given_are_refused():
+    with pytest.raises(ValueError, match=r"`config_overrides` is 'mask_ratio=0.6', by which `recipe` 'auto' says"):
+        pretraining.auto(facts(500), chosen(config_overrides="mask_ratio=0.6"))
+    choices = pretraining.auto(facts(500), chosen(config_overrides="mask_ratio=0.6", config_name="tiny"))
+    assert "config_overrides" not in choices
+
+
+@pytest.mark.parametrize(
+    ("output", "cache"), [("out", "out-teacher"), ("out/", "out-teacher"), (None, "trainer_output-teacher")]
+)
+def test_features_of_a_teacher_are_kept_beside_the_output(output, cache):
+    assert pretraining.auto(facts(500), chosen(teacher="x", output_dir=output))["cache_teacher"].value == cache
+    assert "cache_teacher" not in pretraining.auto(facts(20_001), chosen(teacher="x"))
 
 
 def test_rates_of_fine_tuning_depend_on_where_it_starts(tmp_path):
-    ours, other = write_pretrained(tmp_path / "ours"), tmp_path / "other"
+    ours, other, taught = write_pretrained(tmp_path / "ours"), tmp_path / "other", tmp_path / "taught"
+    write_pretrained(taught, reconstruction_target="features", target_width=4)
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "resnet"}')
     found = {
         "scratch": classification.auto(facts(197), chosen(config_name="tiny")),
         "ours": classification.auto(facts(197), chosen(model_name_or_path=str(ours))),
+        "taught": classification.auto(facts(197), chosen(model_name_or_path=str(taught))),
         "other": classification.auto(facts(197), chosen(model_name_or_path=str(other))),
         "linear": classification.auto(facts(197), chosen(model_name_or_path=str(ours), mode="linear")),
     }
     # For 32 images; base rates of classification are for 512.
     rates = {name: choices["base_learning_rate"].value / 16 for name, choices in found.items()}
-    assert rates == pytest.approx({"scratch": 1e-3, "ours": 3e-3, "other": 5e-4, "linear": 1e-2})
-    assert [name for name, choices in found.items() if "layer_decay" in choices] == ["ours"]
+    assert rates == pytest.approx({"scratch": 1e-3, "ours": 3e-3, "taught": 1e-3, "other": 5e-4, "linear": 1e-2})
+    decays = {name: choices["layer_decay"].value for name, choices in found.items() if "layer_decay" in choices}
+    assert decays == {"ours": 0.65, "taught": 0.5}
 
 
 # What it says
@@ -198,7 +245,7 @@ def test_what_is_given_wins_and_is_told(tmp_path, caplog):
     assert (arguments[3].num_train_epochs, arguments[3].learning_rate, arguments[3].decode_once) == (3, 0.5, False)
     with caplog.at_level(logging.INFO):
         recipe.explain(*arguments)
-    assert "(not --num_train_epochs 32000: 3.0 is given)" in caplog.text
+    assert "(not --num_train_epochs 2000: 3.0 is given)" in caplog.text
     assert "(not --decode_once true: false is given)" in caplog.text
     assert "base_learning_rate" not in caplog.text
 

@@ -27,6 +27,7 @@ from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTrai
 from modeling_greenmim.conversion import export_model, import_checkpoint
 from tests.hub_server import serve
 from tests.test_conversion import TINY, official_shapes, random_weights, write_official
+from tests.test_teacher import write_teacher
 from tests.training_helpers import (
     OVERRIDES,
     classify,
@@ -39,6 +40,7 @@ from tests.training_helpers import (
     write_pretrained,
 )
 from tests.training_helpers import weights as weights_of
+from training_greenmim.pretraining.teacher import load_teacher
 from training_greenmim.runs.arguments import parse_arguments
 
 
@@ -248,6 +250,48 @@ def test_another_decoder_or_target_keeps_the_encoder(tmp_path):
     expected = GreenMIMModel.from_pretrained(start)(image()).pooler_output
     for flags in (["--config_overrides", "decoder_hidden_size=32,decoder_num_attention_heads=4"], ["--target", "hog"]):
         torch.testing.assert_close(built(start, *flags)[0].greenmim(image()).pooler_output, expected)
+
+
+def test_what_was_aligned_with_a_teacher_goes_on_to_any_target(tmp_path):
+    values = {"decoder_type": "linear", "pooled_loss_weight": 1.0, "mask_ratio": 0.5, "target_loss": "cosine"}
+    start = write_pretrained(tmp_path / "start", reconstruction_target="features", target_width=4, **values)
+    write_teacher(tmp_path / "teacher")
+    teacher = ("--target", "teacher", "--teacher", tmp_path / "teacher")
+    expected = {
+        "pixels": (("--target", "pixels"), ("pixels", "mse", "transformer", 0.0, 0.75)),
+        "hog": (("--target", "hog", "--mask_ratio", 0.6), ("hog", "mse", "transformer", 0.0, 0.6)),
+        "predict": ((*teacher, "--teacher_mode", "predict"), ("features", "cosine", "transformer", 0.0, 0.75)),
+        "align": (teacher, ("features", "cosine", "linear", 1.0, 0.5)),
+    }
+    for flags, values in expected.values():
+        config = built(start, *flags)[0].config
+        names = ("reconstruction_target", "target_loss", "decoder_type", "pooled_loss_weight", "mask_ratio")
+        assert tuple(getattr(config, name) for name in names) == values
+
+
+def test_a_folder_of_ours_without_its_encoder_is_refused(tmp_path):
+    """As one whose names kept a prefix: nothing of it would be used."""
+    start = write_pretrained(tmp_path / "start")
+    weights = load_file(start / "model.safetensors")
+    save_file({f"module.{name}": tensor for name, tensor in weights.items()}, start / "model.safetensors")
+    with pytest.raises(ValueError, match=r"`model_name_or_path` is '.*start', which lacks weights of the encoder"):
+        built(start)
+    with pytest.raises(ValueError, match=r"`teacher` is '.*start', .* it lacks weights, .* would be random"):
+        load_teacher(str(start), 3, (32, 32))
+
+
+def test_classification_keeps_what_weights_fix(tmp_path):
+    start = write_pretrained(tmp_path / "start")
+    for overrides in ("hidden_act=relu", "num_heads=[2,4]"):
+        args = run_image_classification.ModelArguments(model_name_or_path=str(start), config_overrides=overrides)
+        with pytest.raises(ValueError, match=rf"`config_overrides` changes `{overrides.split('=')[0]}` from"):
+            run_image_classification.build_model(args, ["a", "b"])
+
+
+def test_messages_name_what_was_given(tmp_path):
+    path = write_swin(tmp_path / "swin")
+    with pytest.raises(ValueError, match=rf"^`model_name_or_path` is '{path}': `mask_ratio` is 1.5"):
+        built(path, "--mask_ratio", 1.5)
 
 
 def test_grey_channels_take_the_mean_of_colours(tmp_path):

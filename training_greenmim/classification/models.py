@@ -88,6 +88,7 @@ def load_classifier(
     drop_path_rate: float = 0.0,
     ignore_mismatched_sizes: bool = False,
     needs_head: bool = True,
+    called: str | None = None,
     **options,
 ) -> PreTrainedModel:
     """An image classifier from a checkpoint of GreenMIM or of any model that has one.
@@ -100,16 +101,18 @@ def load_classifier(
         drop_path_rate: stochastic depth, where the architecture has it.
         ignore_mismatched_sizes: whether a head of another size is replaced by a new one.
         needs_head: whether a checkpoint without a trained head is refused where there are no `label_names`.
+        called: what messages call it; default: its name.
         options: more for `from_pretrained`.
 
     Raises:
         `ValueError`: when the checkpoint is of no image classifier, or of one that does not end with a linear layer or
             takes no images; when overrides change the encoder's widths; when a trained head is needed and lacking.
     """
+    called = called or name
     config = AutoConfig.from_pretrained(name)
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(
-            f"`model_name_or_path` is {name!r}, a checkpoint of model type {config.model_type!r}, which has no image"
+            f"`model_name_or_path` is {called!r}, a checkpoint of model type {config.model_type!r}, which has no image"
             " classifier; GreenMIM's checkpoints or those of any image classifier of Transformers are needed."
         )
     check_overrides(overrides, type(config))
@@ -122,13 +125,14 @@ def load_classifier(
     model, new = from_pretrained(
         AutoModelForImageClassification,
         name,
+        called,
         config=AutoConfig.from_pretrained(name, **changes | overrides),
         ignore_mismatched_sizes=True,  # which weights differ decides
         **options,
     )
     if model.main_input_name != "pixel_values":
         raise ValueError(
-            f"`model_name_or_path` is {name!r}, a {type(model).__name__}, which takes {model.main_input_name} and no"
+            f"`model_name_or_path` is {called!r}, a {type(model).__name__}, which takes {model.main_input_name} and no"
             " images."
         )
     head = head_name(model)
@@ -139,20 +143,22 @@ def load_classifier(
     if widths:
         raise ValueError(
             f"`config_overrides` is {overrides}, which changes the shapes of {len(widths)} weights of"
-            f" `model_name_or_path`, {name!r}; a checkpoint keeps its widths and depths."
+            f" `model_name_or_path`, {called!r}; a checkpoint keeps its widths and depths."
         )
     if any(weight.startswith(f"{head}.") for weight in new.mismatched) and not ignore_mismatched_sizes:
         raise ValueError(
-            f"`model_name_or_path` is {name!r}, whose head is for {len(trained_names)} classes, not for"
+            f"`model_name_or_path` is {called!r}, whose head is for {len(trained_names)} classes, not for"
             f" {model.config.num_labels}; --ignore_mismatched_sizes true replaces it by a new one."
         )
     has_own_head = not any(weight.startswith(f"{head}.") for weight in (*new.mismatched, *new.missing))
     if needs_head and label_names is None and not has_own_head:
         raise ValueError(
-            f"`model_name_or_path` is {name!r}, which has no trained classifier: give `do_train`, or `mode` knn."
+            f"`model_name_or_path` is {called!r}, which has no trained classifier: give `do_train`, or `mode` knn."
         )
     if has_own_head and has_new_names:
-        logger.warning(f"The head of {name!r} was trained for {trained_names}, not for {label_names}: it starts anew.")
+        logger.warning(
+            f"The head of {called!r} was trained for {trained_names}, not for {label_names}: it starts anew."
+        )
         model.get_submodule(head).reset_parameters()
     return model
 

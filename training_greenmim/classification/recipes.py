@@ -2,9 +2,11 @@
 """Recipes of `run_image_classification.py`: named sets of arguments, each of which a flag or file may change."""
 
 import math
+from pathlib import Path
 
-from ..runs.auto import Choice, Facts
+from ..runs.auto import Choice, Facts, decode_once
 from ..runs.models import read_config
+from ..runs.starts import becomes_greenmim
 
 
 # What SimMIM and GreenMIM fine-tune with (https://huggingface.co/papers/2111.09886, appendix A).
@@ -107,18 +109,21 @@ def auto(facts: Facts, chosen: dict) -> dict[str, Choice]:
     Args:
         chosen: all arguments as given, with their defaults.
     """
-    if chosen["mode"] in ("knn", "embed"):
+    starts = chosen["config_name"] or chosen["model_name_or_path"]
+    if chosen["mode"] in ("knn", "embed") or not starts:
         return {}
     if facts.count >= MANY_IMAGES:
         name = "linear" if chosen["mode"] == "linear" else "swin-base"
         reason = f"as recipe {name}, from {MANY_IMAGES:,} images on; not measured here"
         return {name: Choice(value, reason) for name, value in RECIPES[name].items()}
+    batch = min(BATCH, 2 ** int(math.log2(max(1, facts.count))))
+    steps = facts.count // batch  # whole batches
     choices = {
-        "num_train_epochs": Choice(max(8, math.ceil(123 * BATCH / facts.count)), "at least 8, and at least 123 steps"),
-        "per_device_train_batch_size": Choice(BATCH, "few images make few steps, so batches are small"),
+        "num_train_epochs": Choice(max(8, math.ceil(120 / steps)), "at least 8, and at least 120 steps"),
+        "per_device_train_batch_size": Choice(batch, "few images make few steps, so batches are small"),
         "min_crop_scale": Choice(1.0, "what a label is about may lie anywhere in an image"),
         "balance": Choice(True, "classes of few images may differ much in size"),
-        "decode_once": Choice(True, f"under {MANY_IMAGES:,} images it fits on any disk"),
+        "decode_once": decode_once(facts),
     }
     if facts.gpu_memory is None and facts.has_bf16:
         choices["bf16"] = Choice(True, "the processor has bf16 units")
@@ -138,11 +143,24 @@ def _finetune(chosen: dict) -> dict[str, Choice]:
         "warmup_steps": Choice(0.1, "as recipe small-data"),
         "drop_path_rate": Choice(0.1, "as recipe small-data"),
     }
-    if chosen["config_name"]:
+    name = chosen["model_name_or_path"]
+    if not name:
         return choices | {"base_learning_rate": Choice(0.016, f"0.001 for {BATCH} images from scratch")}
-    if read_config(chosen["model_name_or_path"], "model_name_or_path").get("model_type") != "greenmim":
+    if not becomes_greenmim(name, "model_name_or_path"):
         return choices | {"base_learning_rate": Choice(0.008, f"0.0005 for {BATCH} images: layers have one rate")}
-    return choices | {
-        "base_learning_rate": Choice(0.048, f"0.003 for {BATCH} images at the head"),
-        "layer_decay": Choice(0.65, "what is pre-trained changes less the further it is from the head"),
-    }
+    if _learned_pixels(name):
+        rate, decay = Choice(0.048, f"0.003 for {BATCH} images at the head"), 0.65
+    else:
+        rate, decay = (
+            Choice(0.016, f"0.001 for {BATCH} images at the head, for what has learned more than pixels"),
+            0.5,
+        )
+    reason = "what is pre-trained changes less the further it is from the head"
+    return choices | {"base_learning_rate": rate, "layer_decay": Choice(decay, reason)}
+
+
+def _learned_pixels(name: str) -> bool:
+    """Whether a model was pre-trained here on pixels or their gradients, rather than on features or by labels."""
+    values = {} if Path(name).is_file() else read_config(name, "model_name_or_path")
+    is_ours = values.get("model_type") == "greenmim"
+    return is_ours and values.get("reconstruction_target", "pixels") != "features"

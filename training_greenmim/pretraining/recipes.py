@@ -2,8 +2,9 @@
 """Recipes of `run_mim.py`: named sets of arguments, each of which a flag or file may change."""
 
 import math
+from pathlib import Path
 
-from ..runs.auto import Choice, Facts
+from ..runs.auto import Choice, Facts, decode_once
 
 
 # Settings of a teacher's targets where they differ from those of pixels; see docs/pre-training.md for their sources.
@@ -12,8 +13,8 @@ RECIPES = {
     "teacher-align": {**_TEACHER, "teacher_mode": "align", "mask_ratio": 0.7},
     "teacher-predict": {**_TEACHER, "teacher_mode": "predict", "mask_ratio": 0.75},
 }
-# The batch that rates and steps of small models are for; so many decoded images fit on any disk.
-BATCH, FITS_DECODED = 64, 20_000
+# The batch that rates of small models are for, and up to how many images the features of a teacher are kept.
+BATCH, FITS_CACHED = 64, 20_000
 # Least epochs and steps; see docs/recipes.md.
 LEAST_EPOCHS, LEAST_STEPS = 100, 2000
 # GB of memory for an image of Swin-B at 224 px (docs/performance.md).
@@ -42,18 +43,35 @@ def auto(facts: Facts, chosen: dict) -> dict[str, Choice]:
 
     Args:
         chosen: all arguments as given, with their defaults.
+
+    Raises:
+        `ValueError`: for changes to a model that is not given.
     """
+    has_model = chosen["config_name"] or chosen["model_name_or_path"]
+    if chosen["config_overrides"] and not has_model:
+        raise ValueError(
+            f"`config_overrides` is {chosen['config_overrides']!r}, by which `recipe` 'auto' says what the model is:"
+            " give `config_name` or `model_name_or_path` too, or what has a flag of its own, such as --mask_ratio."
+        )
     choices = _taught(facts, chosen) if chosen["teacher"] else {}
-    if not (chosen["config_name"] or chosen["model_name_or_path"]):
+    if not has_model:
         choices |= _for_gpu(facts) if facts.gpu_memory else _for_cpu(facts, is_taught=bool(chosen["teacher"]))
+    choices["per_device_train_batch_size"] = _batch(facts)
     if chosen["max_steps"] <= 0:
-        epochs = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS * BATCH / facts.count))
-        reason = f"at least {LEAST_EPOCHS}, and at least {LEAST_STEPS:,} steps of {BATCH} images"
-        choices["num_train_epochs"] = Choice(epochs, reason)
-    choices["decode_once"] = Choice(facts.count <= FITS_DECODED, f"up to {FITS_DECODED:,} images it fits on any disk")
+        steps = math.ceil(facts.count / choices["per_device_train_batch_size"].value)
+        epochs = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / steps))
+        choices["num_train_epochs"] = Choice(epochs, f"at least {LEAST_EPOCHS}, and at least {LEAST_STEPS:,} steps")
+    choices["decode_once"] = decode_once(facts)
     if facts.gpu_memory is None and facts.has_bf16:
         choices["bf16"] = Choice(True, "the processor has bf16 units")
     return choices
+
+
+def _batch(facts: Facts) -> Choice:
+    if facts.gpu_memory is None:
+        return Choice(BATCH, "the batch that learning rates of small models were measured with")
+    fitting = 2 ** int(math.log2(max(1, 0.8 * facts.gpu_memory / MEMORY_OF_AN_IMAGE)))
+    return Choice(min(256, fitting), f"fits into {facts.gpu_memory:.0f} GB")
 
 
 def _taught(facts: Facts, chosen: dict) -> dict[str, Choice]:
@@ -62,9 +80,10 @@ def _taught(facts: Facts, chosen: dict) -> dict[str, Choice]:
         "mask_ratio": Choice(0.5, "the best share of hidden units for a teacher's features"),
         "max_grad_norm": Choice(3.0, "as published for such targets"),
     }
-    if facts.count <= FITS_DECODED:
+    if facts.count <= FITS_CACHED:
+        folder = Path(chosen["output_dir"] or "trainer_output")
         reason = "the teacher then runs once: for few images it is the larger cost"
-        choices["cache_teacher"] = Choice(f"{chosen['output_dir']}-teacher", reason)
+        choices["cache_teacher"] = Choice(f"{folder}-teacher", reason)
     return choices
 
 
@@ -84,18 +103,14 @@ def _for_cpu(facts: Facts, is_taught: bool) -> dict[str, Choice]:
     return {
         "config_name": Choice("tiny", "what config_overrides change"),
         "config_overrides": Choice(shape, "a model for a CPU: two stages, images of at most 128 px"),
-        "per_device_train_batch_size": Choice(BATCH, "the batch that the learning rate was measured with"),
         "base_learning_rate": Choice(rate, f"{rate * BATCH / 256:g} for {BATCH} images: small models bear high rates"),
     }
 
 
 def _for_gpu(facts: Facts) -> dict[str, Choice]:
     name = "tiny" if facts.count < 20_000 else "small" if facts.count < 200_000 else "base"
-    batch = 2 ** int(math.log2(max(1, 0.8 * facts.gpu_memory / MEMORY_OF_AN_IMAGE)))
-    choices = {
-        "config_name": Choice(name, "tiny up to 20,000 images, small up to 200,000, then base; not measured here"),
-        "per_device_train_batch_size": Choice(min(256, batch), f"fits into {facts.gpu_memory:.0f} GB"),
-    }
+    reason = "tiny up to 20,000 images, small up to 200,000, then base; not measured here"
+    choices = {"config_name": Choice(name, reason)}
     if facts.is_grey:
         choices["config_overrides"] = Choice("num_channels=1", "all images that were looked at are grey")
     return choices

@@ -87,19 +87,21 @@ class TargetArguments:
             if value is not None and value not in names:
                 raise ValueError(f"`{name}` is {value!r}; it must be one of {', '.join(names)}.")
 
-    def config_values(self, width: int | None = None) -> dict:
-        """Values of a configuration that the arguments stand for.
+    def config_values(self, before: dict | None = None) -> dict:
+        """Values of a configuration that the arguments stand for; the width of a teacher's features stays open, as 1.
 
         Args:
-            width: of the teacher's features.
+            before: values of the configuration of a checkpoint to go on from.
         """
         given = {name: getattr(self, name) for name in ("mask_ratio", "loss_on", "drop_path_rate")}
         given = {name: value for name, value in given.items() if value is not None}
         if self.target is None:
             return given
-        if self.target != "teacher":
-            return {"reconstruction_target": self.target, "target_width": None, **given}
-        values = {"reconstruction_target": "features", "target_width": width, "target_loss": self.teacher_loss}
-        if self.teacher_mode == "align":
+        values = {"reconstruction_target": self.target, "target_width": None, "target_loss": "mse"}
+        if self.target == "teacher":
+            values = {"reconstruction_target": "features", "target_width": 1, "target_loss": self.teacher_loss}
+        if self.target == "teacher" and self.teacher_mode == "align":
             values |= {"decoder_type": "linear", "pooled_loss_weight": 1.0, "mask_ratio": 0.5}
+        elif (before or {}).get("decoder_type") == "linear":  # what was aligned has a decoder from here on
+            values |= {"decoder_type": "transformer", "pooled_loss_weight": 0.0, "mask_ratio": 0.75}
         return {**values, **given}

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, ViTModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, ViTConfig, ViTModel
 
 from ..classification.models import image_height_and_width
+from ..compat import without_load_report
 from ..data.scaling import PixelScaling, scaling_of
 from ..runs.models import weights_checksum
 from ..runs.starts import licence_of
@@ -161,10 +162,21 @@ def load_teacher(
 
 
 def _load_model(name: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    if AutoConfig.from_pretrained(name, revision=revision).model_type != "vit_mae":
-        return AutoModel.from_pretrained(name, revision=revision, dtype=dtype)
-    # MAE's own model hides most patches, in eval mode too; the same weights as a ViT see them all.
-    return ViTModel.from_pretrained(name, revision=revision, dtype=dtype, add_pooling_layer=False)
+    """The model with all of its weights but a pooler, which features do not need."""
+    config = AutoConfig.from_pretrained(name, revision=revision)
+    model_class, options = AutoModel, {}
+    if config.model_type == "vit_mae":
+        # MAE's own model hides most patches, in eval mode too; the same weights as a ViT see them all.
+        values = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+        model_class, options = ViTModel, {"config": ViTConfig(**values), "add_pooling_layer": False}
+    with without_load_report():
+        model, info = model_class.from_pretrained(
+            name, revision=revision, dtype=dtype, output_loading_info=True, **options
+        )
+    lacking = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if lacking:
+        raise ValueError(f"it lacks weights, {len(lacking)} of them, such as {lacking[0]}; they would be random.")
+    return model
 
 
 class TeacherTargets:

@@ -2,6 +2,7 @@
 """`--recipe auto`: arguments that follow from the images and the device, each with its reason."""
 
 import logging
+import math
 import shlex
 import statistics
 from collections.abc import Callable
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Images whose sizes are looked at: the headers of their files.
 SAMPLED_IMAGES = 64
+# Gigabytes of decoded images that are kept on the disk without asking.
+MOST_DECODED = 10
 # Modes of Pillow in which an image has one channel.
 GREY_MODES = ("1", "L", "I", "F", "I;16", "I;16B")
 
@@ -36,7 +39,8 @@ class Facts:
     """What `auto` goes by.
 
     Args:
-        count: images to train on.
+        count: images to train on, those less that are held out to evaluate on.
+        decoded: gigabytes that they take once decoded, about.
         side: median of the shorter sides of some of them, in pixels.
         is_grey: whether these have one channel.
         gpu_memory: of the first CUDA device in GB; None without, or where the CPU is asked for.
@@ -44,6 +48,7 @@ class Facts:
     """
 
     count: int
+    decoded: float
     side: int
     is_grey: bool
     gpu_memory: float | None
@@ -66,7 +71,8 @@ def look_at(chosen: dict, labelled: bool) -> Facts | None:
     arguments = SimpleNamespace(**chosen)
     if chosen.get("streaming"):
         raise ValueError("`recipe` is 'auto', which counts images, but `streaming` is set: nobody knows their number.")
-    part = read_records(DataSource.of(arguments), labelled=labelled).get("train")
+    parts = read_records(DataSource.of(arguments), labelled=labelled)
+    part = parts.get("train")
     if part is None:
         return None
     column = find_image_column(part.records, arguments.image_column_name)
@@ -74,9 +80,15 @@ def look_at(chosen: dict, labelled: bool) -> Facts | None:
     images = list(_some_images(records[column]))
     if not images:
         raise ValueError(f"`{part.argument}` has {len(records)} image(s), none of which could be opened.")
+    count = len(records)
+    if "validation" not in parts and (arguments.do_eval or arguments.do_predict):
+        count -= math.ceil(count * arguments.train_val_split)
+    count = min(count, arguments.max_train_samples or count)
+    size = statistics.mean(image.width * image.height * len(image.getbands()) for image in images)
     on_gpu = torch.cuda.is_available() and not arguments.use_cpu
     return Facts(
-        count=min(len(records), arguments.max_train_samples or len(records)),
+        count=count,
+        decoded=count * size / 1e9,
         side=round(statistics.median(min(image.size) for image in images)),
         is_grey=all(image.mode in GREY_MODES for image in images),
         gpu_memory=torch.cuda.get_device_properties(0).total_memory / 1e9 if on_gpu else None,
@@ -90,6 +102,11 @@ def _some_images(sources):
             yield open_image(sources[int(index)])
         except (OSError, UnreadableImageError):
             continue  # training tells of these
+
+
+def decode_once(facts: Facts) -> Choice:
+    """Whether decoded images are kept on the disk."""
+    return Choice(facts.decoded <= MOST_DECODED, f"decoded they take {facts.decoded:.1f} GB, up to {MOST_DECODED} pay")
 
 
 class Recipe:

@@ -127,6 +127,21 @@ def build_config(name: str, overrides: str | None = None, defaults: dict | None 
             f"`config_name` is {name!r}; it must be one of {', '.join(MODEL_SIZES)}, a folder with a config.json or a"
             " Hub repository (owner/name)."
         )
+    return changed_config(values, overrides, defaults, f"`config_name` is {name!r}")
+
+
+def changed_config(values: dict, overrides: str | None, defaults: dict | None, given: str) -> GreenMIMConfig:
+    """A configuration with changes.
+
+    Args:
+        values: of the configuration.
+        overrides: `config_overrides`.
+        defaults: values of other arguments, over which overrides win.
+        given: the argument that the values come from, and its value, for messages.
+
+    Raises:
+        `ValueError`: for values that a configuration cannot have.
+    """
     changes = parse_overrides(overrides)
     check_overrides(changes, GreenMIMConfig)
     if "depths" in changes:  # stages have other names then
@@ -135,8 +150,8 @@ def build_config(name: str, overrides: str | None = None, defaults: dict | None 
         return GreenMIMConfig(**{**values, **(defaults or {}), **changes})
     except StrictDataclassError as error:
         # Its own message repeats that of its cause under a headline.
-        given = f"`config_overrides` is {overrides!r}: " if overrides else f"`config_name` is {name!r}: "
-        raise ValueError(f"{given}{error.__cause__ or error}") from None
+        given = f"`config_overrides` is {overrides!r}" if overrides else given
+        raise ValueError(f"{given}: {error.__cause__ or error}") from None
 
 
 def weights_checksum(model: nn.Module) -> str:
@@ -154,15 +169,22 @@ class NewWeights(NamedTuple):
     mismatched: list[str]
 
 
-def from_pretrained(model_class, name: str, **options) -> tuple[PreTrainedModel, NewWeights]:
+def from_pretrained(
+    model_class, name: str, called: str | None = None, **options
+) -> tuple[PreTrainedModel, NewWeights]:
     """`model_class.from_pretrained`, with one line of report where Transformers logs a table.
+
+    Args:
+        called: what messages call it; default: its name.
 
     Returns:
         The model, and which of its weights start anew.
 
     Raises:
-        `ValueError`: for weights of another shape, unless `ignore_mismatched_sizes` is among the options.
+        `ValueError`: for a checkpoint without the weights of the encoder, and for weights of another shape, unless
+            `ignore_mismatched_sizes` is among the options.
     """
+    called = called or name
     replaces = options.pop("ignore_mismatched_sizes", False)
     with without_load_report():
         # All differences at once; Transformers' own error would only say that there are some.
@@ -170,9 +192,15 @@ def from_pretrained(model_class, name: str, **options) -> tuple[PreTrainedModel,
             name, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
     new = NewWeights(sorted(info["missing_keys"]), sorted(key for key, *_ in info["mismatched_keys"]))
+    lacking = [weight for weight in new.missing if _is_of_encoder(weight, model)]
+    if lacking:
+        raise ValueError(
+            f"`model_name_or_path` is {called!r}, which lacks weights of the encoder: {_some(lacking)}. They would be"
+            " random."
+        )
     if new.mismatched and not replaces:
         raise ValueError(
-            f"`model_name_or_path` is {name!r}, of which {_some(new.mismatched)} have another shape than the model"
+            f"`model_name_or_path` is {called!r}, of which {_some(new.mismatched)} have another shape than the model"
             " wants; --ignore_mismatched_sizes true starts them anew."
         )
     unused = sorted(info["unexpected_keys"])
@@ -182,8 +210,14 @@ def from_pretrained(model_class, name: str, **options) -> tuple[PreTrainedModel,
     if unused:
         parts.append(f"not used are {_some(unused)}")
     if parts:
-        logger.warning(f"Of {name}: {'; '.join(parts)}.")
+        logger.warning(f"Of {called}: {'; '.join(parts)}.")
     return model, new
+
+
+def _is_of_encoder(weight: str, model: PreTrainedModel) -> bool:
+    """Whether every checkpoint of a model of ours must bring a weight; other models are as Transformers has them."""
+    of_encoder = ("greenmim.embeddings.", "greenmim.encoder.")
+    return isinstance(model.config, GreenMIMConfig) and weight.startswith(of_encoder)
 
 
 def _some(names: list[str]) -> str:

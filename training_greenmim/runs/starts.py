@@ -38,11 +38,13 @@ class Start:
     """A checkpoint as something that `from_pretrained` of our classes, or of Transformers', loads.
 
     Args:
+        name: as it was given.
         folder: or Hub repository.
         config: values of its configuration.
         origin: what cards say of it: its name, what was converted, its licence.
     """
 
+    name: str
     folder: str
     config: dict
     origin: str
@@ -90,6 +92,19 @@ def start_of(name: str, argument: str, any_model: bool = False) -> Iterator[Star
         )
 
 
+def becomes_greenmim(name: str, argument: str) -> bool:
+    """Whether classification makes a model of ours of it, be it converted, rather than one of Transformers.
+
+    Raises:
+        `ValueError`: when there is no such file, folder or repository.
+    """
+    if Path(name).is_file():
+        return True
+    values = read_config(name, argument)
+    of_timm = values.get("architecture", "").startswith(TIMM_ARCHITECTURES)
+    return of_timm or values.get("model_type") == GreenMIMConfig.model_type
+
+
 @contextmanager
 def _converted(path: str, name: str, argument: str, **values) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as parent:
@@ -134,7 +149,7 @@ def _set_statistics_of_timm(folder: str, values: dict) -> None:
 
 def _start(folder: str, name: str, *what: str) -> Start:
     facts = ", ".join([*what, f"licence: {licence_of(name) or 'unknown'}"])
-    return Start(folder, read_config(folder, "model_name_or_path"), f"`{name}` ({facts})")
+    return Start(name, folder, read_config(folder, "model_name_or_path"), f"`{name}` ({facts})")
 
 
 def licence_of(name: str, revision: str | None = None) -> str | None:
@@ -146,20 +161,18 @@ def licence_of(name: str, revision: str | None = None) -> str | None:
         return None
 
 
-def check_changes(old: dict, new: GreenMIMConfig, name: str) -> None:
+def check_changes(old: dict, new: dict, name: str) -> None:
     """Refuses overrides of what the weights of a checkpoint fix.
 
     Args:
-        old: values of the checkpoint's configuration.
-        new: the configuration with overrides.
+        old, new: values of the checkpoint's configuration, and with overrides.
         name: of the checkpoint.
 
     Raises:
         `ValueError`: naming the first that changes.
     """
-    old = GreenMIMConfig(**old)
     for key in (*FIXED, *OF_STAGES):
-        before, after = getattr(old, key), getattr(new, key)
+        before, after = old.get(key), new.get(key)
         if key in OF_STAGES:
             same = list(after) == list(before)[: len(after)]
             hint = "; stages can only be dropped from the end"
@@ -173,8 +186,11 @@ def check_changes(old: dict, new: GreenMIMConfig, name: str) -> None:
 
 
 def image_processor_of(start: Start, config: GreenMIMConfig):
-    """A checkpoint's image processor; one of ours is made anew for the size and channels of a configuration."""
-    own = AutoImageProcessor.from_pretrained(start.folder)
+    """A checkpoint's image processor; one of ours, or none, is made anew for the configuration's size and channels."""
+    try:
+        own = AutoImageProcessor.from_pretrained(start.folder)
+    except OSError:  # it has none
+        return build_image_processor(config)
     if not isinstance(own, GreenMIMImageProcessorPil):
         return own
     processor = build_image_processor(config)
