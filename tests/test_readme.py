@@ -266,6 +266,8 @@ class Runner:
                 with torch.device("meta"):
                     build_config(given.get("config_name", "base"), value_of(argv, "--config_overrides"))
             argv = [*argv, "--config_overrides", TINY_MODEL]
+            if value_of(argv, "--recipe") == "auto":  # which says itself what the model is, unless one is named
+                argv += ["--config_name", "tiny"]
         if not any(given.get(source) for source in SOURCES):
             argv = [*argv, "--max_train_samples", "16", "--max_eval_samples", "8"]
         data = value_of(argv, "--dataset_name")
