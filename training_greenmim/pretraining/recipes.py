@@ -84,6 +84,8 @@ def _taught(facts: Facts, chosen: dict) -> dict[str, Choice]:
         folder = Path(chosen["output_dir"] or "trainer_output")
         reason = "the teacher then runs once: for few images it is the larger cost"
         choices["cache_teacher"] = Choice(f"{folder}-teacher", reason)
+        choices["teacher_crops"] = Choice(3, "eight views of an image generalise better than two")
+        choices["min_crop_scale"] = Choice(0.3, "crops that still show what the image is of")
     return choices
 
 
