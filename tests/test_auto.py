@@ -3,6 +3,7 @@
 
 import logging
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from modeling_greenmim import GreenMIMForPreTraining
 from tests.training_helpers import (
     noise_image,
     results_of,
+    state_of,
     write_class_folders,
     write_images,
     write_pretrained,
@@ -61,8 +63,15 @@ def recipe_of_classification() -> Recipe:
 
 
 def chosen(**values) -> dict:
-    names = ("teacher", "config_name", "config_overrides", "model_name_or_path", "learning_rate")
-    return {**dict.fromkeys(names), "max_steps": -1, "mode": "finetune", "output_dir": "out", **values}
+    names = ("teacher", "config_name", "config_overrides", "model_name_or_path", "learning_rate", "probe_dir")
+    return {
+        **dict.fromkeys(names),
+        "do_eval": False,
+        "max_steps": -1,
+        "mode": "finetune",
+        "output_dir": "out",
+        **values,
+    }
 
 
 # What it looks at
@@ -249,6 +258,18 @@ def test_what_is_given_wins_and_is_told(tmp_path, caplog):
     assert "(not --num_train_epochs 2000: 3.0 is given)" in caplog.text
     assert "(not --decode_once true: false is given)" in caplog.text
     assert "base_learning_rate" not in caplog.text
+
+
+def test_with_labelled_images_the_best_checkpoint_is_kept(tmp_path):
+    train = write_class_folders(tmp_path / "train", {"a": 40, "b": 40})
+    argv = ["--train_dir", str(train), "--probe_dir", str(train), "--recipe", "auto", "--use_cpu", "--do_train"]
+    argv += ["--do_eval", "--max_steps", "10", "--report_to", "none", "--output_dir", str(tmp_path / "model")]
+    run_mim.main([*argv, "--dataloader_num_workers", "0", "--disable_tqdm", "true"])
+    state = state_of(tmp_path / "model")
+    found = {entry["step"]: entry["eval_knn_accuracy"] for entry in state["log_history"] if "eval_loss" in entry}
+    assert list(found)[:10] == list(range(1, 11))
+    assert state["best_metric"] == max(found.values())
+    assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{max(found, key=found.get)}"
 
 
 def test_both_scripts_run_by_it(tmp_path):

@@ -61,10 +61,25 @@ def auto(facts: Facts, chosen: dict) -> dict[str, Choice]:
         steps = math.ceil(facts.count / choices["per_device_train_batch_size"].value)
         epochs = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / steps))
         choices["num_train_epochs"] = Choice(epochs, f"at least {LEAST_EPOCHS}, and at least {LEAST_STEPS:,} steps")
+    if chosen["probe_dir"] and chosen["do_eval"]:
+        choices |= _keeping_the_best()
     choices["decode_once"] = decode_once(facts)
     if facts.gpu_memory is None and facts.has_bf16:
         choices["bf16"] = Choice(True, "the processor has bf16 units")
     return choices
+
+
+def _keeping_the_best() -> dict[str, Choice]:
+    each = "ten times a run"
+    return {
+        "eval_strategy": Choice("steps", each),
+        "eval_steps": Choice(0.1, each),
+        "save_strategy": Choice("steps", each),
+        "save_steps": Choice(0.1, each),
+        "save_total_limit": Choice(2, "the best and the last checkpoint"),
+        "metric_for_best_model": Choice("eval_knn_accuracy", "tells the best features; the loss does not"),
+        "load_best_model_at_end": Choice(True, "features of small data sets get worse again"),
+    }
 
 
 def _batch(facts: Facts) -> Choice:
