@@ -103,7 +103,9 @@ def study_of_auto(args) -> list[str]:
         seconds = pretraining["train_runtime"] + tuned[0]["train_runtime"]
         epochs = round(tuned[0]["epoch"] * seconds / tuned[0]["train_runtime"])
         flags = [*data, *BF16, *TRAINING, "--config_name", start, "--num_train_epochs", epochs]
-        scratch = [classify(args.output_dir / f"scratch-{size}-seed{seed}", *flags, "--seed", seed) for seed in SEEDS]
+        # As long as all of the other, which takes its time.
+        seeds = range(args.scratch_seeds)
+        scratch = [classify(args.output_dir / f"scratch-{size}-seed{seed}", *flags, "--seed", seed) for seed in seeds]
         cells = [in_few_words([one["eval_roc_auc"] for one in results]) for results in (tuned, scratch)]
         lengths = f"{pretraining['epoch']:.0f} + {tuned[0]['epoch']:.0f} | {epochs}"
         lines.append(f"| {size:,} | {cells[0]} | {cells[1]} | {lengths.replace(' | ', ' against ')} |")
@@ -119,6 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--minutes", type=float, default=4, help="of pre-training in the study of that name")
+    parser.add_argument(
+        "--scratch_seeds", type=int, default=3, help="runs from scratch of each size in the study auto"
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/recipe-studies"))
     args = parser.parse_args()
     args.teacher = None

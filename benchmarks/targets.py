@@ -2,6 +2,7 @@
 
     python benchmarks/efficientnet_lite.py         # the teacher, in outputs/efficientnet-lite0
     python benchmarks/targets.py elpv-targets      # photographs of solar cells, grey, two classes
+    python benchmarks/targets.py elpv-targets-all-labels    # of the models of the study before
     python benchmarks/targets.py photographs-targets --photographs clothing-dataset-small    # coloured, ten classes
     python benchmarks/targets.py photographs-ablations --photographs clothing-dataset-small
     python benchmarks/targets.py monitors          # which monitor tells the best of all these models
@@ -116,9 +117,9 @@ def photographs(args) -> Data:
     return Data("photographs", pretraining, shape, folders, 307, epochs, "eval_accuracy", "accuracy", 256, CROPS)
 
 
-def folder_of(args, data: Data, method: str) -> Path:
-    """Where a method is pre-trained."""
-    return args.output_dir / "-".join([args.study, *method.replace(",", "").split()])
+def folder_of(args, study: str, method: str) -> Path:
+    """Where a method of a study is pre-trained."""
+    return args.output_dir / "-".join([study, *method.replace(",", "").split()])
 
 
 def pretrain(args, data: Data, flags: list[str], folder: Path, steps: int) -> dict:
@@ -244,7 +245,7 @@ def comparison(args, data: Data, methods: dict[str, list[str]], judges: list[tup
     steps = steps_in(args, data, methods)
     lines = head(data, judges, ", steps of pre-training")
     for method, flags in methods.items():
-        folder = folder_of(args, data, method)
+        folder = folder_of(args, args.study, method)
         pretrain(args, data, flags, folder, steps[method])
         lines.append(row(args, data, f"{method}, {steps[method]:,}", folder, judges))
     return lines
@@ -262,18 +263,23 @@ def controls(args, data: Data, judges: list[tuple], shape: Path) -> list[str]:
 def study_of_elpv(args) -> list[str]:
     """Photographs of solar cells: what to predict."""
     data, judges = elpv(), [(fine_tuned, "few"), (linear, "few"), (neighbours, "few")]
-    shape = folder_of(args, data, "pixels")
-    lines = [*comparison(args, data, METHODS, judges), *controls(args, data, judges, shape), ""]
-    judges = [(fine_tuned, "all")]
-    some = [row(args, data, method, folder_of(args, data, method), judges) for method in ("pixels", "align")]
-    return [*lines, *head(data, judges), *some, *controls(args, data, judges, shape)]
+    shape = folder_of(args, args.study, "pixels")
+    return [*comparison(args, data, METHODS, judges), *controls(args, data, judges, shape)]
+
+
+def study_of_all_labels(args) -> list[str]:
+    """Photographs of solar cells, all labels: pixels and features of a teacher."""
+    data, judges = elpv(), [(fine_tuned, "all")]
+    shapes = {method: folder_of(args, "elpv-targets", method) for method in ("pixels", "align")}
+    rows = [row(args, data, method, folder, judges) for method, folder in shapes.items()]
+    return [*head(data, judges), *rows, *controls(args, data, judges, shapes["pixels"])]
 
 
 def study_of_photographs(args) -> list[str]:
     """Coloured photographs of clothes, ten classes: how far a student comes of the way to its teacher."""
     data, judges = photographs(args), [(fine_tuned, "few"), (linear, "few"), (neighbours, "few")]
     method, steps = f"align, {STUDENT_STEPS:,} steps", STUDENT_STEPS
-    folder = folder_of(args, data, method)
+    folder = folder_of(args, args.study, method)
     pretrain(args, data, TEACHER, folder, steps)
     seconds = json.loads((folder / "all_results.json").read_text())["train_runtime"]
     lines = [*head(data, judges), row(args, data, f"{method}, {seconds / 60:.0f} minutes", folder, judges)]
@@ -304,6 +310,7 @@ def study_of_monitors(args) -> list[str]:
 
 STUDIES = {
     "elpv-targets": study_of_elpv,
+    "elpv-targets-all-labels": study_of_all_labels,
     "photographs-targets": study_of_photographs,
     "photographs-ablations": study_of_ablations,
     "monitors": study_of_monitors,
@@ -329,7 +336,7 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, default=Path("outputs/efficientnet-lite0"))
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/target-studies"))
     args = parser.parse_args()
-    if args.study != "elpv-targets" and not (args.photographs / "train").is_dir():
+    if not args.study.startswith("elpv") and not (args.photographs / "train").is_dir():
         parser.error(f"--photographs is {str(args.photographs)!r}, which has no folder train.")
 
     if not (args.teacher / "config.json").exists():
