@@ -117,7 +117,7 @@ def test_the_test_extra_brings_all_extras():
 
 
 def test_extras_are_those_that_messages_name():
-    assert set(runtime_extras()) == {"augmentation", "benchmarks", "pictures", "energy", "elpv"}
+    assert set(runtime_extras()) == {"augmentation", "benchmarks", "pictures", "energy", "elpv", "released"}
 
 
 def test_every_requirement_has_its_reason():

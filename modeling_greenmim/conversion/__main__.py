@@ -2,14 +2,17 @@
 """Checkpoints in and out: official GreenMIM, SimMIM, Microsoft's, timm's and Transformers' Swin, and Twins.
 
 python -m modeling_greenmim.conversion import --checkpoint FILE.pth --output DIR
+python -m modeling_greenmim.conversion import --checkpoint swin-base --output DIR
 python -m modeling_greenmim.conversion export --model DIR --to timm --output FILE.safetensors
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from . import CheckpointError, export_model, import_checkpoint
 from .formats import WRITABLE
+from .released import FILES, released_file
 
 
 # Values of the configuration that the command line can give.
@@ -25,7 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     reading = commands.add_parser("import", help="make a GreenMIM folder of a checkpoint")
-    reading.add_argument("--checkpoint", required=True, help="file, or folder of Transformers' Swin")
+    reading.add_argument(
+        "--checkpoint",
+        required=True,
+        help="file, folder of Transformers' Swin, or a released model, whose official file is fetched:"
+        f" {', '.join(FILES)}",
+    )
     reading.add_argument("--output", required=True, help="folder to write")
     reading.add_argument(
         "--patch_merging_order",
@@ -57,7 +65,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.command == "import":
             values = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
-            model = import_checkpoint(args.checkpoint, args.output, args.patch_merging_order, **values)
+            checkpoint = args.checkpoint
+            if checkpoint in FILES and not Path(checkpoint).exists():
+                checkpoint = str(released_file(checkpoint))
+            model = import_checkpoint(checkpoint, args.output, args.patch_merging_order, **values)
             count = sum(parameter.numel() for parameter in model.parameters())
             print(f"{type(model).__name__} of {count / 1e6:.2f} M parameters: {args.output}")
         else:
