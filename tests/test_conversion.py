@@ -30,7 +30,14 @@ from transformers import (
 )
 
 from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, GreenMIMModel
-from modeling_greenmim.conversion import CheckpointError, convert, export_model, import_checkpoint, read_checkpoint
+from modeling_greenmim.conversion import (
+    CheckpointError,
+    convert,
+    export_model,
+    import_checkpoint,
+    read_checkpoint,
+    released,
+)
 from modeling_greenmim.conversion.__main__ import main
 from modeling_greenmim.conversion.checkpoint import Source
 from modeling_greenmim.conversion.formats import FORMATS, WRITABLE
@@ -790,8 +797,11 @@ def test_command_line(official, tmp_path, capsys):
 
 
 def test_commands_of_the_page_run(tmp_path, monkeypatch):
-    """In a folder with a Swin and an official file as the page names them."""
+    """In a folder with a Swin and an official file as the page names them, and one that was fetched before."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(released, "HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "greenmim").mkdir(parents=True)
+    write_official(tmp_path / "home" / "greenmim" / "swin-base.pth", random_weights(official_shapes(**TINY)))
     torch.save(random_weights(encoder_shapes(**TINY)), "swin.pth")
     write_official(tmp_path / "greenmim.pth", random_weights(official_shapes(**TINY)), args=None)
     page = (FIXTURES.parents[1] / "docs" / "conversion.md").read_text()
