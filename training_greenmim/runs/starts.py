@@ -27,7 +27,7 @@ logger = logging.get_logger(__name__)
 FIXED = ("backbone_type", "embed_dim", "patch_size", "mlp_ratio", "qkv_bias", "hidden_act")
 OF_STAGES = ("depths", "num_heads")
 CHANNEL_RULES = ("mean", "first", "new")
-# Beginnings of their names.
+# What names of timm's models begin with that can be converted.
 TIMM_ARCHITECTURES = ("swin_", "twins_svt_")
 # Files of a repository of Transformers that make a model.
 FILES = ["*.json", "*.safetensors", "*.bin"]
