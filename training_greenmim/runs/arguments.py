@@ -236,6 +236,8 @@ class ImageTrainingArguments(TrainingArguments):
         check_at_least(self, 1, "gradient_accumulation_steps")
         check_at_least(self, 0, "dataloader_num_workers", "base_learning_rate", "learning_rate", "weight_decay")
         check_at_least(self, 0, "eval_steps")  # 0: every logging_steps
+        if self.eval_steps is not None and math.isinf(self.eval_steps):
+            raise ValueError(f"`eval_steps` is {self.eval_steps}; it must be finite, or `eval_strategy` no.")
         for strategy, steps in (("logging_strategy", "logging_steps"), ("save_strategy", "save_steps")):
             value = getattr(self, steps)
             if getattr(self, strategy) == "steps" and not 0 < value < math.inf:
