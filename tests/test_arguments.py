@@ -128,7 +128,7 @@ OUT_OF_RANGE = [
     ("save_steps", "inf", "above 0 and finite"),
     ("eval_steps", -1, "0 or more"),
     ("eval_steps", "nan", "0 or more"),
-    ("eval_steps", "inf", "must be finite"),
+    ("eval_steps", "inf", "finite"),
     ("weight_decay", -1, "0 or more"),
     ("learning_rate", -1, "0 or more"),
 ]
