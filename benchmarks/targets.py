@@ -35,7 +35,7 @@ from benchmarks.elpv import EPOCHS, GENTLE_TRAINING, PRETRAINING, ROOT, TRAINING
 # Of the student of the coloured photographs.
 STUDENT_STEPS = 4000
 # Steps of the short runs that tell the time of one, and how many there are of each method.
-TIMED_STEPS, ROUNDS = 60, 3
+TIMED_STEPS, ROUNDS = 30, 2
 SEEDS = range(3)
 # Of each photograph of clothes, beside the whole: with its mirror images eight views.
 CROPS = ["--teacher_crops", "3", "--min_crop_scale", "0.3"]
@@ -288,7 +288,7 @@ def study_of_photographs(args) -> list[str]:
 
 def study_of_ablations(args) -> list[str]:
     """Photographs of clothes: how much is hidden, which units, and what predicts them."""
-    return comparison(args, photographs(args), ABLATIONS, [(fine_tuned, "few"), (linear, "few")])
+    return comparison(args, photographs(args), ABLATIONS, [(linear, "few"), (neighbours, "few")])
 
 
 def study_of_monitors(args) -> list[str]:
