@@ -21,7 +21,7 @@ import os
 import shutil
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -72,33 +72,42 @@ class Data:
     Args:
         name: part of the names of folders.
         pretraining: flags of run_mim.py: data and model.
-        overrides: of the model's configuration; studies add to them.
         labelled: flags of run_image_classification.py: its data.
         few: 10 % of the images for training.
         epochs: of fine-tuning and probes, of all labels and of few.
         metric, title: what is reported.
         teacher_size: shorter side in pixels of what the teacher sees.
+        overrides: of the model's configuration; studies add to them.
         views: flags of the views whose features are kept.
         evaluation: flags of run_mim.py for what is measured at the end.
     """
 
     name: str
     pretraining: list[str]
-    overrides: str
     labelled: list[str]
     few: int
     epochs: dict[str, int]
     metric: str
     title: str
     teacher_size: int
-    views: list[str]
-    evaluation: list[str]
+    overrides: str = ""
+    views: list[str] = field(default_factory=list)
+    evaluation: list[str] = field(default_factory=list)
 
 
 def elpv() -> Data:
     """The photographs that `make pretrain` takes, and its model."""
     epochs = {"all": EPOCHS["all labels"], "few": EPOCHS["10 % of the labels"]}
-    return Data("elpv", [PRETRAINING], "", [], 197, epochs, "eval_roc_auc", "ROC AUC", 128, [], [])
+    return Data(
+        name="elpv",
+        pretraining=[PRETRAINING],
+        labelled=[],
+        few=197,
+        epochs=epochs,
+        metric="eval_roc_auc",
+        title="ROC AUC",
+        teacher_size=128,
+    )
 
 
 def photographs(args) -> Data:
@@ -111,14 +120,22 @@ def photographs(args) -> Data:
             link.symlink_to(image.resolve())
     folders = ["--train_dir", str(args.photographs / "train"), "--validation_dir", str(judged)]
     pretraining = [*folders, "--config_name", "tiny", "--do_train"]
-    evaluation = ["--do_eval", "--probe_dir", str(judged)]
     pretraining += ["--per_device_train_batch_size", "64", "--learning_rate", "2e-3"]
     shape = "image_size=128,patch_size=8,embed_dim=96,depths=[2,6],num_heads=[3,6],window_size=8"
     shape += ",decoder_hidden_size=128,decoder_num_hidden_layers=2,decoder_num_attention_heads=4"
     shape += ",decoder_intermediate_size=512"
-    epochs = {"all": 30, "few": 30}
     return Data(
-        "photographs", pretraining, shape, folders, 307, epochs, "eval_accuracy", "accuracy", 256, CROPS, evaluation
+        name="photographs",
+        pretraining=pretraining,
+        labelled=folders,
+        few=307,
+        epochs={"few": 30},
+        metric="eval_accuracy",
+        title="accuracy",
+        teacher_size=256,
+        overrides=shape,
+        views=CROPS,
+        evaluation=["--do_eval", "--probe_dir", str(judged)],
     )
 
 
