@@ -126,7 +126,7 @@ def main() -> None:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/recipe-studies"))
     args = parser.parse_args()
-    args.teacher = None
+    args.teacher = args.first = None
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     start = time.time()

@@ -55,13 +55,13 @@ ABLATIONS = {
     "align, 0.75": [*TEACHER, "--mask_ratio", "0.75"],
     "align, 0.9": [*TEACHER, "--mask_ratio", "0.9"],
     "align, nothing hidden": [*TEACHER, "--mask_ratio", "0"],
+    "align, 0.5, smooth_l1": [*TEACHER, "--teacher_loss", "smooth_l1"],
+    "align, 0.5, attentive": [*TEACHER, "--mask_strategy", "attentive"],
+    "predict masked, 0.75": PREDICT,
+    "predict all, 0.75": [*PREDICT, "--loss_on", "all"],
     "align, 0.5, block": [*TEACHER, "--mask_strategy", "block"],
     "align, 0.5, grid": [*TEACHER, "--mask_strategy", "grid"],
-    "align, 0.5, attentive": [*TEACHER, "--mask_strategy", "attentive"],
-    "align, 0.5, smooth_l1": [*TEACHER, "--teacher_loss", "smooth_l1"],
-    "predict masked, 0.75": PREDICT,
     "predict masked, 0.75, prompting": [*PREDICT, "--config_overrides", "decoder_type=prompting"],
-    "predict all, 0.75": [*PREDICT, "--loss_on", "all"],
 }
 
 
@@ -266,6 +266,7 @@ def head(data: Data, judges: list[tuple], first: str = "") -> list[str]:
 
 def comparison(args, data: Data, methods: dict[str, list[str]], judges: list[tuple]) -> list[str]:
     """A table of methods that were pre-trained for the same time."""
+    methods = dict(list(methods.items())[: args.first])
     steps = steps_in(args, data, methods)
     lines = head(data, judges, ", steps of pre-training")
     for method, flags in methods.items():
@@ -358,6 +359,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--minutes", type=float, default=5, help="of pre-training, by one thread")
+    parser.add_argument("--first", type=int, help="compare only so many methods of a study")
     parser.add_argument("--photographs", type=Path, default=Path("clothing-dataset-small"))
     parser.add_argument("--teacher", type=Path, default=Path("outputs/efficientnet-lite0"))
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/target-studies"))
@@ -374,6 +376,8 @@ def main() -> None:
     page = ROOT / "docs" / "results" / f"{args.study}.md"
     title = STUDIES[args.study].__doc__.strip().rstrip(".")
     command = f"`python benchmarks/targets.py {args.study} --minutes {args.minutes:g}`"
+    if args.first:
+        command = f"{command[:-1]} --first {args.first}`"
     conditions = CONDITIONS.format(minutes=args.minutes)
     page.write_text(f"# {title}\n\n" + "\n".join(lines) + f"\n\n{conditions} Made by {command}.\n")
     print(f"{page}, after {math.ceil((time.time() - start) / 60)} minutes")
