@@ -325,15 +325,19 @@ def study_of_ablations(args) -> list[str]:
 
 def study_of_monitors(args) -> list[str]:
     """Which monitor tells how well a model will be fine-tuned."""
-    lines = ["| Spearman correlation with fine-tuning on 10 % of the labels | k-NN | linear probe | RankMe | loss |"]
+    lines = [
+        "| Spearman correlation with fine-tuning on 10 % of the labels | k-NN | linear probe | RankMe | deviation |"
+    ]
     lines.append("| --- " * 5 + "|")
     for data in (elpv(), photographs(args)):
         folders = [path.parent for path in args.output_dir.glob(f"{data.name}-*/all_results.json")]
         found = [folder for folder in folders if list(args.output_dir.glob(f"judged/{folder.name}-finetuned-few-*"))]
+        if len(found) < 5:  # too few to tell
+            continue
         scores = [statistics.mean(fine_tuned(args, data, folder, "few", seed) for seed in SEEDS) for folder in found]
         results = [json.loads((folder / "all_results.json").read_text()) for folder in found]
         cells = []
-        for metric in ("eval_knn_accuracy", "eval_probe_accuracy", "eval_rankme", "eval_loss"):
+        for metric in ("eval_knn_accuracy", "eval_probe_accuracy", "eval_rankme", "eval_feature_std"):
             cells.append(f"{spearmanr([result[metric] for result in results], scores).statistic:.2f}")
         lines.append(f"| {data.name}, {len(found)} models | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
@@ -355,7 +359,7 @@ CONDITIONS = (
     "photographs; the teacher sees 128 px. Clothes: width 96 (2.9 M parameters), 128 px, 307 of 3,068 labels, 30 "
     "epochs (from scratch 60), tested on 713 photographs; the teacher sees 256 px while it teaches, 128 px where "
     "it is judged itself. Mean and standard deviation in % over the seeds 0 to 2 of the labels and of fine-tuning; "
-    " one pre-training each. bf16 on a processor with bf16 units."
+    "one pre-training each. bf16 on a processor with bf16 units."
 )
 
 

@@ -266,7 +266,7 @@ def test_with_labelled_images_the_best_checkpoint_is_kept(tmp_path):
     argv += ["--do_eval", "--max_steps", "10", "--report_to", "none", "--output_dir", str(tmp_path / "model")]
     run_mim.main([*argv, "--dataloader_num_workers", "0", "--disable_tqdm", "true"])
     state = state_of(tmp_path / "model")
-    found = {entry["step"]: entry["eval_knn_accuracy"] for entry in state["log_history"] if "eval_loss" in entry}
+    found = {entry["step"]: entry["eval_probe_accuracy"] for entry in state["log_history"] if "eval_loss" in entry}
     assert list(found)[:10] == list(range(1, 11))
     assert state["best_metric"] == max(found.values())
     assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{max(found, key=found.get)}"

@@ -77,7 +77,7 @@ def _keeping_the_best() -> dict[str, Choice]:
         "save_strategy": Choice("steps", each),
         "save_steps": Choice(0.1, each),
         "save_total_limit": Choice(2, "the best and the last checkpoint"),
-        "metric_for_best_model": Choice("eval_knn_accuracy", "tells the best features; the loss does not"),
+        "metric_for_best_model": Choice("eval_probe_accuracy", "tells best how well a model is fine-tuned"),
         "load_best_model_at_end": Choice(True, "features of small data sets get worse again"),
     }
 
