@@ -129,6 +129,13 @@ def test_few_images_are_seen_more_often(count, epochs):
     assert "num_train_epochs" not in pretraining.auto(facts(count), chosen(max_steps=7))
 
 
+def test_what_a_teacher_knows_is_learned_sooner():
+    epochs = {
+        count: pretraining.auto(facts(count), chosen(teacher="x"))["num_train_epochs"].value for count in (200, 3068)
+    }
+    assert epochs == {200: 500, 3068: 60}
+
+
 @pytest.mark.parametrize(("count", "epochs"), [(1, 120), (10, 120), (100, 40), (197, 20), (500, 8), (49_999, 8)])
 def test_few_labelled_images_are_seen_more_often(count, epochs):
     assert classification.auto(facts(count), chosen(config_name="tiny"))["num_train_epochs"].value == epochs

@@ -16,7 +16,7 @@ RECIPES = {
 # The batch that rates of small models are for, and up to how many images the features of a teacher are kept.
 BATCH, FITS_CACHED = 64, 20_000
 # Least epochs and steps; see docs/recipes.md.
-LEAST_EPOCHS, LEAST_STEPS = 100, 2000
+LEAST_EPOCHS, LEAST_EPOCHS_TAUGHT, LEAST_STEPS = 100, 60, 2000
 # GB of memory for an image of Swin-B at 224 px (docs/performance.md).
 MEMORY_OF_AN_IMAGE = 0.12
 
@@ -59,8 +59,9 @@ def auto(facts: Facts, chosen: dict) -> dict[str, Choice]:
     choices["per_device_train_batch_size"] = _batch(facts)
     if chosen["max_steps"] <= 0:
         steps = math.ceil(facts.count / choices["per_device_train_batch_size"].value)
-        epochs = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / steps))
-        choices["num_train_epochs"] = Choice(epochs, f"at least {LEAST_EPOCHS}, and at least {LEAST_STEPS:,} steps")
+        least = LEAST_EPOCHS_TAUGHT if chosen["teacher"] else LEAST_EPOCHS
+        epochs = max(least, math.ceil(LEAST_STEPS / steps))
+        choices["num_train_epochs"] = Choice(epochs, f"at least {least}, and at least {LEAST_STEPS:,} steps")
     if chosen["probe_dir"] and chosen["do_eval"]:
         choices |= _keeping_the_best()
     choices["decode_once"] = decode_once(facts)
@@ -94,6 +95,7 @@ def _taught(facts: Facts, chosen: dict) -> dict[str, Choice]:
         "target": Choice("teacher", "a teacher is given"),
         "mask_ratio": Choice(0.5, "the best share of hidden units for a teacher's features"),
         "max_grad_norm": Choice(3.0, "as published for such targets"),
+        "lr_scheduler_type": Choice("constant_with_warmup", "at falling rates few images are learned by heart"),
     }
     if facts.count <= FITS_CACHED:
         folder = Path(chosen["output_dir"] or "trainer_output")
