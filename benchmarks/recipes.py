@@ -10,16 +10,12 @@ Its table goes to docs/results/recipes-<study>.md.
 
 import argparse
 import json
-import math
-import os
-import time
 from pathlib import Path
 
-import torch
+from elpv import GENTLE_TRAINING, TRAINING, classify, in_few_words
+from targets import BF16, SEEDS, comparison, elpv, fine_tuned, judged, linear, write_page
 
 import run_mim
-from benchmarks.elpv import GENTLE_TRAINING, ROOT, TRAINING, classify, in_few_words
-from benchmarks.targets import BF16, SEEDS, comparison, elpv, fine_tuned, judged, linear
 from training_greenmim.data import labels
 from training_greenmim.data.images import open_image
 from training_greenmim.data.readers import DataSource, read_records
@@ -107,8 +103,8 @@ def study_of_auto(args) -> list[str]:
         seeds = range(args.scratch_seeds)
         scratch = [classify(args.output_dir / f"scratch-{size}-seed{seed}", *flags, "--seed", seed) for seed in seeds]
         cells = [in_few_words([one["eval_roc_auc"] for one in results]) for results in (tuned, scratch)]
-        lengths = f"{pretraining['epoch']:.0f} + {tuned[0]['epoch']:.0f} | {epochs}"
-        lines.append(f"| {size:,} | {cells[0]} | {cells[1]} | {lengths.replace(' | ', ' against ')} |")
+        lengths = f"{pretraining['epoch']:.0f} + {tuned[0]['epoch']:.0f} against {epochs}"
+        lines.append(f"| {size:,} | {cells[0]} | {cells[1]} | {lengths} |")
         print(lines[-1], flush=True)
     return lines
 
@@ -127,20 +123,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/recipe-studies"))
     args = parser.parse_args()
     args.teacher = args.first = None
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(1)
-    start = time.time()
-    lines = STUDIES[args.study](args)
-    page = ROOT / "docs" / "results" / f"recipes-{args.study}.md"
-    title = STUDIES[args.study].__doc__.strip().rstrip(".")
     minutes = f" --minutes {args.minutes:g}" if args.study == "pretraining" else ""
     text = (
         f"ROC AUC in %, mean and standard deviation over the seeds {list(SEEDS)} of fine-tuning, one pre-training"
         " each; one thread of a processor with bf16 units. Made by"
         f" `python benchmarks/recipes.py {args.study}{minutes}`."
     )
-    page.write_text(f"# {title}\n\n" + "\n".join(lines) + f"\n\n{text}\n")
-    print(f"{page}, after {math.ceil((time.time() - start) / 60)} minutes")
+    write_page(args, STUDIES[args.study], f"recipes-{args.study}", text)
 
 
 if __name__ == "__main__":

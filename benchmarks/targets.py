@@ -20,16 +20,22 @@ import math
 import os
 import shutil
 import statistics
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from elpv import EPOCHS, GENTLE_TRAINING, PRETRAINING, ROOT, TRAINING, WHOLE_IMAGES, classify, in_few_words
 from scipy.stats import spearmanr
 
-import benchmarks.efficientnet_lite  # noqa: F401 (registers the teacher)
 import run_mim
-from benchmarks.elpv import EPOCHS, GENTLE_TRAINING, PRETRAINING, ROOT, TRAINING, WHOLE_IMAGES, classify, in_few_words
+
+
+# A process has the teacher's classes once, under this name, whatever else imports them.
+sys.path.insert(0, str(ROOT))
+import benchmarks.efficientnet_lite  # noqa: F401 (registers the teacher)
 
 
 # Steps of the short runs that tell the time of one, and how many there are of each method.
@@ -370,6 +376,17 @@ CONDITIONS = (
 )
 
 
+def write_page(args, study: Callable, name: str, text: str) -> None:
+    """Runs a study on one thread and writes its table, with a text below it, to a page of docs/results."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    start = time.time()
+    lines = "\n".join(study(args))
+    page = ROOT / "docs" / "results" / f"{name}.md"
+    page.write_text(f"# {study.__doc__.strip().rstrip('.')}\n\n{lines}\n\n{text}\n")
+    print(f"{page}, after {math.ceil((time.time() - start) / 60)} minutes")
+
+
 def main() -> None:
     """Runs a study and writes its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -382,21 +399,12 @@ def main() -> None:
     args = parser.parse_args()
     if not args.study.startswith("elpv") and not (args.photographs / "train").is_dir():
         parser.error(f"--photographs is {str(args.photographs)!r}, which has no folder train.")
-
     if not (args.teacher / "config.json").exists():
         parser.error(f"--teacher is {str(args.teacher)!r}, which is no model; see the first lines of --help.")
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(1)
-    start = time.time()
-    lines = STUDIES[args.study](args)
-    page = ROOT / "docs" / "results" / f"{args.study}.md"
-    title = STUDIES[args.study].__doc__.strip().rstrip(".")
-    command = f"`python benchmarks/targets.py {args.study} --minutes {args.minutes:g}`"
-    if args.first:
-        command = f"{command[:-1]} --first {args.first}`"
+    command = f"python benchmarks/targets.py {args.study} --minutes {args.minutes:g}"
+    command += f" --first {args.first}" if args.first else ""
     time_of = STUDENT_TIME if args.study == "photographs-targets" else EQUAL_TIME.format(minutes=args.minutes)
-    page.write_text(f"# {title}\n\n" + "\n".join(lines) + f"\n\n{time_of}{CONDITIONS}Made by {command}.\n")
-    print(f"{page}, after {math.ceil((time.time() - start) / 60)} minutes")
+    write_page(args, STUDIES[args.study], args.study, f"{time_of}{CONDITIONS}Made by `{command}`.")
 
 
 if __name__ == "__main__":

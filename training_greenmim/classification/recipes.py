@@ -4,7 +4,7 @@
 import math
 from pathlib import Path
 
-from ..runs.auto import Choice, Facts, decode_once
+from ..runs.auto import Choice, Facts, shared_choices
 from ..runs.models import read_config
 from ..runs.starts import becomes_greenmim
 
@@ -123,10 +123,8 @@ def auto(facts: Facts, chosen: dict) -> dict[str, Choice]:
         "per_device_train_batch_size": Choice(batch, "few images make few steps, so batches are small"),
         "min_crop_scale": Choice(1.0, "what a label is about may lie anywhere in an image"),
         "balance": Choice(True, "classes of few images may differ much in size"),
-        "decode_once": decode_once(facts),
+        **shared_choices(facts),
     }
-    if facts.gpu_memory is None and facts.has_bf16:
-        choices["bf16"] = Choice(True, "the processor has bf16 units")
     return choices | (_linear() if chosen["mode"] == "linear" else _finetune(chosen))
 
 
@@ -149,14 +147,14 @@ def _finetune(chosen: dict) -> dict[str, Choice]:
     if not becomes_greenmim(name, "model_name_or_path"):
         return choices | {"base_learning_rate": Choice(0.008, f"0.0005 for {BATCH} images: layers have one rate")}
     if _learned_pixels(name):
-        rate, decay = Choice(0.048, f"0.003 for {BATCH} images at the head"), 0.65
+        rate, decay, reason = 0.048, 0.65, f"0.003 for {BATCH} images at the head"
     else:
-        rate, decay = (
-            Choice(0.016, f"0.001 for {BATCH} images at the head, for what has learned more than pixels"),
-            0.5,
-        )
-    reason = "what is pre-trained changes less the further it is from the head"
-    return choices | {"base_learning_rate": rate, "layer_decay": Choice(decay, reason)}
+        rate, decay = 0.016, 0.5
+        reason = f"0.001 for {BATCH} images at the head, for what has learned more than pixels"
+    return choices | {
+        "base_learning_rate": Choice(rate, reason),
+        "layer_decay": Choice(decay, "what is pre-trained changes less the further it is from the head"),
+    }
 
 
 def _learned_pixels(name: str) -> bool:

@@ -4,7 +4,7 @@
 import math
 from pathlib import Path
 
-from ..runs.auto import Choice, Facts, decode_once
+from ..runs.auto import Choice, Facts, shared_choices
 
 
 # Settings of a teacher's targets where they differ from those of pixels; see docs/pre-training.md for their sources.
@@ -64,10 +64,7 @@ def auto(facts: Facts, chosen: dict) -> dict[str, Choice]:
         choices["num_train_epochs"] = Choice(epochs, f"at least {least}, and at least {LEAST_STEPS:,} steps")
     if chosen["probe_dir"] and chosen["do_eval"]:
         choices |= _keeping_the_best()
-    choices["decode_once"] = decode_once(facts)
-    if facts.gpu_memory is None and facts.has_bf16:
-        choices["bf16"] = Choice(True, "the processor has bf16 units")
-    return choices
+    return choices | shared_choices(facts)
 
 
 def _keeping_the_best() -> dict[str, Choice]:

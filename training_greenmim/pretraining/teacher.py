@@ -157,7 +157,7 @@ def load_teacher(
         )
     shorter = image_size or min(image_height_and_width(model.config, processor))
     size = _size_of_aspect(student_size, shorter, _stride_of(model.config))
-    facts = TeacherFacts(name, commit or revision, licence_of(name, revision))
+    facts = TeacherFacts(name, commit or revision, licence_of(name))
     return Teacher(model.to(device), scaling_of(processor, own_channels), size, facts)
 
 

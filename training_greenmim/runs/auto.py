@@ -104,9 +104,13 @@ def _some_images(sources):
             continue  # training tells of these
 
 
-def decode_once(facts: Facts) -> Choice:
-    """Whether decoded images are kept on the disk."""
-    return Choice(facts.decoded <= MOST_DECODED, f"decoded they take {facts.decoded:.1f} GB, up to {MOST_DECODED} pay")
+def shared_choices(facts: Facts) -> dict[str, Choice]:
+    """What both scripts choose: whether decoded images are kept on the disk, and the precision of a CPU."""
+    reason = f"decoded they take {facts.decoded:.1f} GB, up to {MOST_DECODED} pay"
+    choices = {"decode_once": Choice(facts.decoded <= MOST_DECODED, reason)}
+    if facts.gpu_memory is None and facts.has_bf16:
+        choices["bf16"] = Choice(True, "the processor has bf16 units")
+    return choices
 
 
 class Recipe:

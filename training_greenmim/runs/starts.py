@@ -65,23 +65,23 @@ def start_of(name: str, argument: str, any_model: bool = False) -> Iterator[Star
     """
     if Path(name).is_file():
         with _converted(name, name, argument) as folder:
-            yield _start(folder, name, "converted")
+            yield _start(folder, name, read_config(folder, argument), "converted")
         return
     values = read_config(name, argument)
     # Transformers gives timm's own configurations a type that wraps timm, which may not be installed.
     model_type, of_timm = values.get("model_type"), values.get("architecture", "")
-    is_convertible = of_timm.startswith(TIMM_ARCHITECTURES)
+    is_convertible = _is_of_timm(values)
     if model_type == GreenMIMConfig.model_type or (any_model and model_type and not is_convertible):
-        yield _start(name, name)
+        yield _start(name, name, values)
     elif model_type == "swin":
         with _converted(_downloaded(name), name, argument) as folder:
-            yield _start(folder, name, "Transformers' Swin, converted")
+            yield _start(folder, name, read_config(folder, argument), "Transformers' Swin, converted")
     elif is_convertible:
         size = values.get("pretrained_cfg", {}).get("input_size")  # (channels, height, width)
         told = {"image_size": size[-1]} if size else {}
         with _converted(_weights_of_timm(name, argument), name, argument, **told) as folder:
             _set_statistics_of_timm(folder, values)
-            yield _start(folder, name, f"timm's {of_timm}, converted")
+            yield _start(folder, name, read_config(folder, argument), f"timm's {of_timm}, converted")
     else:
         what = f"a checkpoint of model type {model_type!r}" if model_type else "a config.json without a model type"
         what = f"timm's {of_timm}" if of_timm else what
@@ -101,8 +101,12 @@ def becomes_greenmim(name: str, argument: str) -> bool:
     if Path(name).is_file():
         return True
     values = read_config(name, argument)
-    of_timm = values.get("architecture", "").startswith(TIMM_ARCHITECTURES)
-    return of_timm or values.get("model_type") == GreenMIMConfig.model_type
+    return _is_of_timm(values) or values.get("model_type") == GreenMIMConfig.model_type
+
+
+def _is_of_timm(values: dict) -> bool:
+    """Whether a configuration is timm's, of a model that can be converted."""
+    return values.get("architecture", "").startswith(TIMM_ARCHITECTURES)
 
 
 @contextmanager
@@ -147,12 +151,12 @@ def _set_statistics_of_timm(folder: str, values: dict) -> None:
     path.write_text(json.dumps(processor, indent=2))
 
 
-def _start(folder: str, name: str, *what: str) -> Start:
+def _start(folder: str, name: str, config: dict, *what: str) -> Start:
     facts = ", ".join([*what, f"licence: {licence_of(name) or 'unknown'}"])
-    return Start(name, folder, read_config(folder, "model_name_or_path"), f"`{name}` ({facts})")
+    return Start(name, folder, config, f"`{name}` ({facts})")
 
 
-def licence_of(name: str, revision: str | None = None) -> str | None:
+def licence_of(name: str) -> str | None:
     """The licence that the card of a folder or a Hub repository names; None without one."""
     try:
         card = Path(name, "README.md") if Path(name).is_dir() else name
