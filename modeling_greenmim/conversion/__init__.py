@@ -4,7 +4,7 @@
 The command is in `__main__`. The way of a checkpoint
 
 in:  a file or folder -> `reading` -> `Source` -> its format (`formats/`) -> `Checkpoint`, weights by our names
-     -> `inference` (configuration) -> `importing` (model, folder) and `cards`.
+     -> `inference` (configuration) -> `importing` (model, folder; `measuring` checks the order of merging) and `cards`.
 out: a model -> `exporting` -> a format.
 
 A new format is one file in `formats/` and its place in the registry there. Nothing of this package travels with

@@ -39,7 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--patch_merging_order",
         choices=("auto", "row", "column"),
         default="auto",
-        help="how the checkpoint joins 2x2 patches; auto: by args.model of official files",
+        help="how the checkpoint joins 2x2 patches; auto: by args.model of official files, checked by the losses of"
+        " reconstruction where there is a decoder",
+    )
+    reading.add_argument(
+        "--photographs", help="folder of images like those it was trained on, for that check; default: two photographs"
     )
     reading.add_argument("--image_size", type=int, help="side in pixels; default: what the file tells, or 224")
     reading.add_argument(
@@ -68,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
             checkpoint = args.checkpoint
             if checkpoint in FILES and not Path(checkpoint).exists():
                 checkpoint = str(released_file(checkpoint))
-            model = import_checkpoint(checkpoint, args.output, args.patch_merging_order, **values)
+            model = import_checkpoint(checkpoint, args.output, args.patch_merging_order, args.photographs, **values)
             count = sum(parameter.numel() for parameter in model.parameters())
             print(f"{type(model).__name__} of {count / 1e6:.2f} M parameters: {args.output}")
         else:

@@ -41,9 +41,11 @@ class Checkpoint:
         weights: by the names of our model with a decoder or a classifier, buffers left out.
         values: of the configuration, which the source tells beside the weights.
         merging_order: how its patch merging joins 2x2 tokens, "row" or "column"; None if the source does not tell.
+        name: what the source calls the model, `args.model` of official files.
     """
 
     format: str
     weights: dict[str, torch.Tensor]
     values: dict = field(default_factory=dict)
     merging_order: str | None = "column"
+    name: str | None = None

@@ -22,6 +22,7 @@ from .cards import model_card
 from .checkpoint import PROJECTION, Checkpoint, CheckpointError
 from .formats import FORMATS
 from .inference import infer_config
+from .measuring import ORDERS, measure_orders, read_photographs
 from .reading import clear_errors, read_source
 
 
@@ -67,6 +68,14 @@ def convert(checkpoint: Checkpoint, order: str = "auto", **values) -> nn.Module:
     Raises:
         `CheckpointError`: listing weights that are missing, unknown or of a wrong shape.
     """
+    model, assumed = _build(checkpoint, order, **values)
+    if assumed:
+        logger.warning(f"The checkpoint does not tell these values, so they were assumed:{flags(assumed)}")
+    return model.eval()
+
+
+def _build(checkpoint: Checkpoint, order: str, **values) -> tuple[nn.Module, dict]:
+    """The model, and the values of its configuration that nothing told."""
     config, assumed = infer_config(checkpoint, **values)
     by_rows = config.backbone_type == "swin" and merging_order(checkpoint, order) == "row"
     state = dict(checkpoint.weights)
@@ -81,9 +90,7 @@ def convert(checkpoint: Checkpoint, order: str = "auto", **values) -> nn.Module:
         model = model_class(config)
     _check_weights(model, state)
     model.load_state_dict(rows_to_columns(state) if by_rows else state, assign=True)
-    if assumed:
-        logger.warning(f"The checkpoint does not tell these values, so they were assumed:{flags(assumed)}")
-    return model.eval()
+    return model, assumed
 
 
 def merging_order(checkpoint: Checkpoint, order: str) -> str:
@@ -103,6 +110,35 @@ def merging_order(checkpoint: Checkpoint, order: str) -> str:
             " 'dec5121b1' (2022: row) or in 'dec512b1' (2023: column). Give --patch_merging_order."
         )
     return checkpoint.merging_order
+
+
+def measured_order(checkpoint: Checkpoint, photographs: str | Path | None = None, **values) -> str:
+    """The order that the name tells, checked by the losses of the model under either, which are logged.
+
+    Losses never choose: they tell little of a model that has learned little, or from other images.
+
+    Args:
+        photographs: a folder of images to measure on; see `read_photographs`.
+        values: of the configuration, as for `convert`.
+
+    Raises:
+        `CheckpointError`: with the losses, when they tell another order than the name, or when there is no name.
+    """
+    models = {order: _build(checkpoint, order, **values)[0].float().eval() for order in ORDERS}
+    with clear_errors("The losses of reconstruction"):
+        losses = measure_orders(models, read_photographs(photographs))
+    found, table = losses.order(), losses.table()
+    try:
+        told = merging_order(checkpoint, "auto")
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Its losses tell {found or 'neither'}.\n{table}") from error
+    if found not in (told, None):
+        raise CheckpointError(
+            f"The file's name and losses disagree: its `args.model` is {checkpoint.name!r}, which tells the order"
+            f" {told}, but its losses tell {found}. Give --patch_merging_order.\n{table}"
+        )
+    logger.warning(f"{table}\nThe name tells {told}, the losses tell {found or 'neither'}.")
+    return told
 
 
 def rows_to_columns(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -126,8 +162,15 @@ def _check_weights(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
         raise CheckpointError("The weights do not fit the architecture (by our names):\n  " + "\n  ".join(problems))
 
 
-def import_checkpoint(path: str, output: str, order: str = "auto", **values) -> nn.Module:
+def import_checkpoint(
+    path: str, output: str, order: str = "auto", photographs: str | Path | None = None, **values
+) -> nn.Module:
     """Writes a folder of GreenMIM: configuration, weights, image processor and model card.
+
+    Args:
+        order: of merging. "auto", of a Swin with a decoder, is what its name tells, checked by `measured_order`.
+        photographs: a folder of images for that check; default: two that are installed.
+        values: of the configuration, instead of what the checkpoint tells.
 
     Raises:
         `CheckpointError`: when the checkpoint cannot be converted; nothing is written then.
@@ -135,6 +178,8 @@ def import_checkpoint(path: str, output: str, order: str = "auto", **values) -> 
     if Path(output).is_file():
         raise CheckpointError(f"`output` is {str(output)!r}, a file; a folder is needed.")
     checkpoint = read_checkpoint(path)
+    if order == "auto" and _can_be_measured(checkpoint):
+        measured_order(checkpoint, photographs, **values)
     model = convert(checkpoint, order, **values)
     model.save_pretrained(output)
     image_processor(path, model.config).save_pretrained(output)
@@ -142,6 +187,13 @@ def import_checkpoint(path: str, output: str, order: str = "auto", **values) -> 
     card = model_card(model, checkpoint, Path(path).name, Path(output).name, flags(given))
     (Path(output) / "README.md").write_text(card, encoding="utf-8")
     return model
+
+
+def _can_be_measured(checkpoint: Checkpoint) -> bool:
+    """Whether it is a Swin that predicts something of photographs, coloured or grey."""
+    has_decoder = any(name.startswith("decoder.") for name in checkpoint.weights)
+    is_swin = checkpoint.values.get("backbone_type", "swin") == "swin"
+    return has_decoder and is_swin and checkpoint.weights[PROJECTION].shape[1] in (1, 3)
 
 
 def image_processor(path: str, config: GreenMIMConfig) -> GreenMIMImageProcessorPil:

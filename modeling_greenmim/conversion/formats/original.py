@@ -61,7 +61,8 @@ def read(source: Source) -> Checkpoint:
     values |= {ours: source.args[theirs] for ours, theirs in names.items() if source.args.get(theirs) is not None}
     weights.pop("decoder_pos_embed", None)
     if not is_twins:
-        return Checkpoint(NAME, microsoft.to_ours(weights), values, _order_by_name(source))
+        name = source.args.get("model")
+        return Checkpoint(NAME, microsoft.to_ours(weights), values, _order_by_name(source), name)
     # Ours adds what the convolution sees to what it computes: the same as a 1 less in the middle of each kernel. Our
     # exports of version 0.1.0 kept the residual; since then they say that they do not.
     if not source.args.get("position_encoding_residual", "layer_norm_eps" in source.args):
