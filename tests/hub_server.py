@@ -1,7 +1,7 @@
 """A small server on loopback that speaks as much of the Hub's HTTP API as pushing and loading models need.
 
-Repositories, commits with LFS, resolving by branch, tag or commit, model info. It keeps everything in memory and can
-cut connections in the middle of an upload.
+Repositories, private ones too, commits with LFS, tags, resolving by branch, tag or commit, model info. It keeps
+everything in memory, and can cut connections in the middle of an upload or publish something else than was pushed.
 """
 
 import base64
@@ -15,6 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_right"
 USER = "greenmim"
+# Some of those that the Hub knows.
+LICENCES = ["apache-2.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "mit", "other"]
 
 
 class Hub:
@@ -22,8 +24,10 @@ class Hub:
 
     Attributes:
         commits: for each repository its commits, oldest first: (oid, {path: content}, {path: is LFS}).
-        branches: for each repository the commit of each branch or tag.
+        branches, tags: for each repository the commit of each.
+        private: repositories that only the owner sees.
         blobs: uploaded LFS objects by SHA-256.
+        replaced: what is published instead of files of these names.
         cuts: how many of the next uploads to cut in the middle.
         uploads: bytes that arrived of each upload.
     """
@@ -31,13 +35,16 @@ class Hub:
     def __init__(self):
         self.commits: dict[str, list[tuple[str, dict, dict]]] = {}
         self.branches: dict[str, dict[str, str]] = {}
+        self.tags: dict[str, dict[str, str]] = {}
+        self.private: set[str] = set()
         self.blobs: dict[str, bytes] = {}
+        self.replaced: dict[str, bytes] = {}
         self.cuts = 0
         self.uploads: list[int] = []
         self.lock = threading.Lock()
 
     def create(self, repo: str) -> None:
-        self.commits[repo], self.branches[repo] = [], {}
+        self.commits[repo], self.branches[repo], self.tags[repo] = [], {}, {}
         self.commit(repo, {".gitattributes": b""}, {})
 
     def commit(self, repo: str, files: dict[str, bytes], lfs: dict[str, bool], branch: str = "main") -> str:
@@ -51,7 +58,8 @@ class Hub:
 
     def at(self, repo: str, revision: str):
         """The commit of a branch, tag or oid; None if there is none."""
-        oid = self.branches.get(repo, {}).get(revision, revision)
+        names = self.branches.get(repo, {}) | self.tags.get(repo, {})
+        oid = names.get(revision, revision)
         return next((commit for commit in self.commits.get(repo, []) if commit[0] == oid), None)
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
@@ -92,8 +100,11 @@ def handler_of(hub: Hub):
                 return content
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
+        def has_token(self) -> bool:
+            return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
         def is_owner(self) -> bool:
-            if self.headers.get("Authorization") == f"Bearer {TOKEN}":
+            if self.has_token():
                 return True
             self.body()
             self.answer(401, b'{"error": "Invalid credentials"}')
@@ -106,6 +117,10 @@ def handler_of(hub: Hub):
             if path == "/api/whoami-v2":
                 if self.is_owner():
                     self.answer_json({"name": USER, "type": "user", "orgs": [], "auth": {"type": "access_token"}})
+            elif not self.has_token() and any(f"/{repo}" in path for repo in hub.private):
+                self.refuse(401, "RepoNotFound")
+            elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/refs", path):
+                self.references(found[1])
             elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
                 self.info(found[1], found[2] or "main")
             elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
@@ -136,7 +151,20 @@ def handler_of(hub: Hub):
             if commit is None:
                 return self.refuse(404, "RevisionNotFound")
             siblings = [{"rfilename": name} for name in commit[1]]
-            self.answer_json({"_id": repo, "id": repo, "modelId": repo, "sha": commit[0], "siblings": siblings})
+            facts = {"_id": repo, "id": repo, "modelId": repo, "private": repo in hub.private}
+            self.answer_json({**facts, "sha": commit[0], "siblings": siblings})
+
+        def references(self, repo: str):
+            if repo not in hub.commits:
+                return self.refuse(404, "RepoNotFound")
+            branches, tags = (
+                [
+                    {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": oid}
+                    for name, oid in names[repo].items()
+                ]
+                for kind, names in (("heads", hub.branches), ("tags", hub.tags))
+            )
+            self.answer_json({"branches": branches, "tags": tags, "converts": []})
 
         def resolve(self, repo: str, revision: str, name: str):
             if repo not in hub.commits:
@@ -159,8 +187,10 @@ def handler_of(hub: Hub):
         def do_POST(self):
             path = unquote(urlsplit(self.path).path)
             if path == "/api/validate-yaml":
-                self.body()
-                return self.answer_json({"errors": [], "warnings": []})
+                licence = re.search(r"^license: (.*)$", json.loads(self.body())["content"], flags=re.MULTILINE)
+                known = licence is None or licence[1] in LICENCES
+                errors = [] if known else [{"message": f'"license" must be one of {LICENCES}'}]
+                return self.answer_json({"errors": errors, "warnings": []}, 200 if known else 400)
             if not self.is_owner():
                 return
             if path == "/api/repos/create":
@@ -169,6 +199,7 @@ def handler_of(hub: Hub):
                 status = 409 if repo in hub.commits else 200
                 if status == 200:
                     hub.create(repo)
+                    hub.private |= {repo} if wanted.get("visibility") == "private" else set()
                 self.answer_json({"url": f"http://{self.headers['Host']}/{repo}", "name": repo, "id": repo}, status)
             elif re.fullmatch(r"/api/models/[^/]+/[^/]+/preupload/[^/]+", path):
                 files = json.loads(self.body())["files"]
@@ -181,6 +212,14 @@ def handler_of(hub: Hub):
                     for file in files
                 ]
                 self.answer_json({"files": modes})
+            elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tag/([^/]+)", path):
+                tag, commit = json.loads(self.body())["tag"], hub.at(found[1], found[2])
+                if commit is None:
+                    return self.refuse(404, "RevisionNotFound")
+                if tag in hub.tags[found[1]]:
+                    return self.answer(409, b'{"error": "Tag reference exists already."}')
+                hub.tags[found[1]][tag] = commit[0]
+                self.answer_json({})
             elif path.endswith(".git/info/lfs/objects/batch"):
                 self.batch(json.loads(self.body()))
             elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", path):
@@ -209,6 +248,7 @@ def handler_of(hub: Hub):
                     if value["oid"] not in hub.blobs:
                         return self.answer(400, b'{"error": "LFS object is missing"}')
                     files[value["path"]], lfs[value["path"]] = hub.blobs[value["oid"]], True
+            files |= {name: content for name, content in hub.replaced.items() if name in files}
             with hub.lock:
                 oid = hub.commit(repo, files, lfs, branch)
             url = f"http://{self.headers['Host']}/{repo}/commit/{oid}"

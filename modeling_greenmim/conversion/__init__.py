@@ -4,8 +4,8 @@
 The command is in `__main__`. The way of a checkpoint
 
 in:  a file or folder -> `reading` -> `Source` -> its format (`formats/`) -> `Checkpoint`, weights by our names
-     -> `inference` (configuration) -> `importing` (model, folder; `measuring` checks the order of merging) and `cards`.
-out: a model -> `exporting` -> a format.
+     -> `inference` (configuration) -> `importing` (model, folder), `measuring` (order of merging) and `cards`.
+out: a model -> `exporting` -> a format; a folder -> `releasing` -> the Hub -> `clean_load`, which loads it back.
 
 A new format is one file in `formats/` and its place in the registry there. Nothing of this package travels with
 published models.
@@ -14,6 +14,15 @@ published models.
 from .checkpoint import Checkpoint, CheckpointError
 from .exporting import export_model
 from .importing import convert, import_checkpoint, read_checkpoint
+from .releasing import release_model
 
 
-__all__ = ["Checkpoint", "CheckpointError", "convert", "export_model", "import_checkpoint", "read_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "convert",
+    "export_model",
+    "import_checkpoint",
+    "read_checkpoint",
+    "release_model",
+]

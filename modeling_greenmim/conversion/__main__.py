@@ -1,16 +1,17 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints in and out: official GreenMIM, SimMIM, Microsoft's, timm's and Transformers' Swin, and Twins.
+"""Checkpoints in and out: official GreenMIM, SimMIM, Microsoft's, timm's and Transformers' Swin, and Twins; releases.
 
 python -m modeling_greenmim.conversion import --checkpoint FILE.pth --output DIR
 python -m modeling_greenmim.conversion import --checkpoint swin-base --output DIR
 python -m modeling_greenmim.conversion export --model DIR --to timm --output FILE.safetensors
+python -m modeling_greenmim.conversion release --model DIR --repo OWNER/NAME
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from . import CheckpointError, export_model, import_checkpoint
+from . import CheckpointError, export_model, import_checkpoint, release_model
 from .formats import WRITABLE
 from .released import FILES, released_file
 
@@ -60,6 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     writing.add_argument("--model", required=True, help="folder or repository of a GreenMIM model")
     writing.add_argument("--to", required=True, choices=WRITABLE)
     writing.add_argument("--output", required=True, help="folder for transformers-swin, else a file")
+    releasing = commands.add_parser("release", help="publish a GreenMIM folder on the Hub, and load it back")
+    releasing.add_argument("--model", required=True, help="folder with a model, its image processor and its card")
+    releasing.add_argument("--repo", required=True, help="OWNER/NAME on the Hub")
+    releasing.add_argument("--tag", default="v1.0", help="of this release; default: v1.0")
+    releasing.add_argument("--private", action="store_true", help="a new repository is private")
     return parser
 
 
@@ -75,6 +81,11 @@ def main(argv: list[str] | None = None) -> None:
             model = import_checkpoint(checkpoint, args.output, args.patch_merging_order, args.photographs, **values)
             count = sum(parameter.numel() for parameter in model.parameters())
             print(f"{type(model).__name__} of {count / 1e6:.2f} M parameters: {args.output}")
+        elif args.command == "release":
+            difference = release_model(args.model, args.repo, args.tag, args.private)
+            print(
+                f"{args.repo}, tag {args.tag}: loaded back by name; relative difference of outputs: {difference:.1e}"
+            )
         else:
             relative = export_model(args.model, args.to, args.output)
             print(f"{args.output}; largest relative difference of features, by layer_norm_eps: {relative:.1e}")

@@ -51,7 +51,12 @@ def export_model(folder: str, target: str, output: str) -> float:
 
 
 def load_model(folder: str) -> nn.Module:
-    """The model of a folder, of the class that it was saved as, in single precision.
+    """`read_model` in single precision, for evaluation."""
+    return read_model(folder).float().eval()
+
+
+def read_model(folder: str) -> nn.Module:
+    """The model of a folder, of the class that it was saved as.
 
     Raises:
         `CheckpointError`: when it is no model of GreenMIM.
@@ -62,7 +67,7 @@ def load_model(folder: str) -> nn.Module:
         raise CheckpointError(f"`model` is {folder!r} of model type {config.model_type!r}; a GreenMIM is needed.")
     architecture = (config.architectures or [""])[0]
     classes = {cls.__name__: cls for cls in (GreenMIMForPreTraining, GreenMIMForImageClassification)}
-    return load_whole(classes.get(architecture, GreenMIMModel), folder, "model").float().eval()
+    return load_whole(classes.get(architecture, GreenMIMModel), folder, "model")
 
 
 @torch.no_grad()
