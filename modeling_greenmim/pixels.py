@@ -5,6 +5,10 @@ import numpy as np
 from PIL import Image
 
 
+# Mode of `ArrayImage`, which is none of Pillow's.
+ARRAY = "array"
+
+
 def to_8_bit(image: Image.Image) -> Image.Image:
     """8-bit grey or RGB image of an image of any mode.
 
@@ -24,6 +28,8 @@ def to_8_bit(image: Image.Image) -> Image.Image:
     """
     if image.mode in ("L", "RGB"):
         return image
+    if image.mode == ARRAY:
+        image = _in_pillows_mode(np.asarray(image))
     if image.mode == "F":
         raise ValueError("floating-point images have no defined range of values")
     if image.mode.startswith("I"):
@@ -31,3 +37,15 @@ def to_8_bit(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours, and no warning of Pillow's
     return image.convert("RGB")
+
+
+def _in_pillows_mode(values: np.ndarray) -> Image.Image:
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    if values.ndim == 3 and values.dtype == np.uint16:
+        values = (values >> 8).astype(np.uint8)  # colours, for which Pillow has no mode
+    try:
+        return Image.fromarray(values)
+    except TypeError:
+        shape = "x".join(map(str, values.shape))
+        raise ValueError(f"an image of {shape} values of {values.dtype} is neither grey nor RGB of 8 bits") from None

@@ -147,7 +147,7 @@ def test_16_bit_grey_tiff_of_both_byte_orders_keeps_the_upper_byte(order):
 def test_32_bit_grey_is_read_as_16_bit_values():
     image = Image.fromarray(np.array([[-5, 0, 0x1234, 65535, 70000]], dtype=np.int32))
     content = encoded(image, "TIFF")
-    assert open_image(content).mode == "I"
+    assert open_image(content).dtype == np.int32
     assert pixels(content)[0, :, 0].tolist() == [0, 0, 0x12, 255, 255]
 
 

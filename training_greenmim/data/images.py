@@ -11,7 +11,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from modeling_greenmim.array_image import at_full_depth
 from modeling_greenmim.pixels import to_8_bit
+
+from .formats import open_file
+from .parts import WHOLE, open_part, split_name
 
 
 class UnreadableImageError(Exception):
@@ -29,15 +33,22 @@ def open_image(source) -> Image.Image:
 
     Args:
         source: a file name, an address such as `zip://member.png::photos.zip`, encoded bytes, a record {"path",
-            "bytes"} of `datasets`, or an image, which is returned.
+            "bytes"} of `datasets`, or an image, which is returned. Names may end with a part of the file (`parts.py`),
+            which is decoded if it is a box of what Pillow reads.
+
+    Returns:
+        Pillow's image of what it holds in full, an `ArrayImage` of all else: more than 8 bits a value in TIFF, any
+        other number of channels, arrays, DICOM, and tiled TIFF, of which only the parts are read that are asked for.
     """
     if isinstance(source, Image.Image):
         return source
     if isinstance(source, dict):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
-    if is_address(source):
-        source = read_address(source)
-    return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+    if isinstance(source, bytes):
+        return open_file(source)
+    name, part = split_name(source)
+    name = read_address(name) if is_address(name) else name
+    return open_file(name) if part == WHOLE else open_part(name, part)
 
 
 def is_address(source) -> bool:
@@ -61,16 +72,26 @@ def _open_archive(protocol: str, archive: str, process: int) -> fsspec.AbstractF
     return fsspec.filesystem(protocol, fo=archive)
 
 
-def decode(source) -> bytes:
-    """The upright image of a source, uncompressed, in the format of Netpbm: opening it again takes no decoding.
+def decode(source, channels: int | None = None) -> bytes:
+    """The upright image of a source, uncompressed: opening it again takes no decoding.
+
+    Args:
+        source: as in `open_image`.
+        channels: that a model takes in full depth; None for 8 bits.
+
+    Returns:
+        A file in the format of Netpbm, or of NumPy in full depth.
 
     Raises:
         `UnreadableImageError`: as in `load_image`.
     """
 
     def write(source, generator):
-        encoded = BytesIO()
-        to_8_bit(ImageOps.exif_transpose(open_image(source))).save(encoded, "PPM")
+        encoded, image = BytesIO(), ImageOps.exif_transpose(open_image(source))
+        if channels is None:
+            to_8_bit(image).save(encoded, "PPM")
+        else:
+            np.save(encoded, np.asarray(at_full_depth(image, channels)))
         return encoded.getvalue()
 
     return load_image(source, write, None)
