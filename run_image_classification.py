@@ -49,6 +49,7 @@ from training_greenmim.data.readers import (
     decoded_once,
     read_records,
 )
+from training_greenmim.data.statistics import StatisticsSetting, depth_of, keep_statistics, set_statistics
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
 from training_greenmim.runs.arguments import (
     ClassificationTrainingArguments,
@@ -303,6 +304,24 @@ def take_stages(model, model_args: ModelArguments, names: list[str] | None):
     return shortened
 
 
+def scale_images(
+    parts: LabelledData, data: DataArguments, args: ClassificationTrainingArguments, config, image_processor
+) -> None:
+    """Gives an image processor of ours what training images are scaled by; without training it stays as it is.
+
+    Raises:
+        `ValueError`: as in `set_statistics`, and for numbers to be measured where nothing is trained.
+    """
+    if args.do_train:
+        channels = getattr(config, "num_channels", 3)
+        set_statistics(image_processor, data.statistics, parts.train, "image", channels, args)
+    elif data.statistics != StatisticsSetting():
+        raise ValueError(
+            f"`image_statistics` is {data.image_statistics!r} and `nodata` is {data.nodata}, but without `do_train`"
+            " images are scaled as the model was trained."
+        )
+
+
 def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, config, image_processor) -> dict:
     """Sets of decoded images, after a look for a readable one in each.
 
@@ -313,25 +332,24 @@ def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, c
     Raises:
         `ValueError`: when there is not a single batch to train on.
     """
-    size = image_height_and_width(config, image_processor)
-    channels = getattr(config, "num_channels", 3)
-    check_channels(channels)
+    evaluated = evaluation_transform(args, config, image_processor)
     for part in parts.parts():
-        check_first_readable(part.records, "image", size, channels, part.argument)
+        check_first_readable(part.records, "image", evaluated, part.argument)
 
     def every_image(part: Part | None) -> EveryImage | None:
         if part is None:
             return None
         label_column = labels.LABEL if part.is_labelled else None
-        return EveryImage(part.records, "image", EvalTransform(size, channels, args.crop_pct), args.seed, label_column)
+        return EveryImage(part.records, "image", evaluated, args.seed, label_column)
 
     train = None
     if args.do_train:
-        transform = TrainTransform(size, channels, scale=(args.min_crop_scale, 1.0))
+        size, channels, depth = evaluated.size, evaluated.channels, evaluated.depth
+        transform = TrainTransform(size, channels, (args.min_crop_scale, 1.0), depth)
         records = parts.train.records
         if args.decode_once:
             with args.main_process_first(desc="decoding images"):
-                records = decoded_once(records, "image")
+                records = decoded_once(records, "image", None if depth is None else channels)
         train = ImageDataset(records, "image", transform, args.seed, labels.LABEL)
         batch = args.train_batch_size * args.world_size
         if len(train) < batch:
@@ -341,6 +359,19 @@ def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, c
             )
     everything = {"bank": parts.train, "validation": parts.validation, "test": parts.test}
     return {"train": train} | {name: every_image(part) for name, part in everything.items()}
+
+
+def evaluation_transform(args: ClassificationTrainingArguments, config, image_processor) -> EvalTransform:
+    """What images become for a model, but in training.
+
+    Raises:
+        `ValueError`: for models of other channels than their image processor serves.
+    """
+    size, channels = image_height_and_width(config, image_processor), getattr(config, "num_channels", 3)
+    depth = depth_of(image_processor)
+    if depth is None:
+        check_channels(channels)
+    return EvalTransform(size, channels, args.crop_pct, depth)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -381,6 +412,10 @@ def run(
     names = labels.label_names(parts.train.records) if learns else None
     # Training loads its checkpoint itself, with all that belongs to it.
     model, image_processor, origin = build_model(model_args, names, None if args.do_train else checkpoint)
+    if checkpoint and args.do_train:
+        # A run goes on with what it measured at its start.
+        keep_statistics(checkpoint, image_processor)
+    scale_images(parts, data_args, args, model.config, image_processor)
     image_processor = as_evaluated(image_processor, model.config, args.crop_pct)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     parts.number_as(names, "`train_dir`" if learns else "the model")
@@ -435,17 +470,16 @@ def embed(model_args: ModelArguments, data_args: DataArguments, args: Classifica
     columns = (data_args.image_column_name, data_args.label_column_name)
     model, image_processor, _ = build_model(model_args, None)
     image_processor = as_evaluated(image_processor, model.config, args.crop_pct)
-    size, channels = image_height_and_width(model.config, image_processor), getattr(model.config, "num_channels", 3)
-    check_channels(channels)
+    transform = evaluation_transform(args, model.config, image_processor)
     trainer = EmbeddingTrainer(model, args, image_processor=image_processor, stages=model_args.embed_stages or [])
     for name, part in parts.items():
         records = labels.prepare(part.records, part.argument, *columns, may_lack_labels=True)
-        check_first_readable(records, "image", size, channels, part.argument)
+        check_first_readable(records, "image", transform, part.argument)
         label = labels.LABEL if labels.LABEL in records.features else None
-        images = EveryImage(records, "image", EvalTransform(size, channels, args.crop_pct), args.seed, label)
+        images = EveryImage(records, "image", transform, args.seed, label)
         paths = save_embeddings(trainer, images, name)
         picture = os.path.join(args.output_dir, f"{name}_neighbours.png")
-        if trainer.is_world_process_zero() and draw_neighbours(paths, images, picture):
+        if trainer.is_world_process_zero() and draw_neighbours(paths, images, picture, args.picture_channels):
             logger.info(f"Images and their neighbours: {picture}")
 
 

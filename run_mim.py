@@ -24,6 +24,7 @@ from training_greenmim.data import labels
 from training_greenmim.data.image_dataset import EveryImage, ImageDataset
 from training_greenmim.data.readers import (
     DataSource,
+    Part,
     check_first_readable,
     decoded_once,
     find_image_column,
@@ -31,6 +32,7 @@ from training_greenmim.data.readers import (
     read_records,
     undecoded,
 )
+from training_greenmim.data.statistics import depth_of, keep_statistics, set_statistics
 from training_greenmim.data.streams import ImageStream
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
 from training_greenmim.pretraining.recipes import RECIPES, auto, recipe_defaults
@@ -49,7 +51,7 @@ from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
 from training_greenmim.runs.lock import locked_output
 from training_greenmim.runs.models import build_config, changed_config, from_pretrained, read_greenmim_config
-from training_greenmim.runs.script import check_channels, evaluate, finish, run_script, train
+from training_greenmim.runs.script import evaluate, finish, run_script, train
 from training_greenmim.runs.starts import carry_channels, check_changes, image_processor_of, start_of
 
 
@@ -185,43 +187,54 @@ def first_records(records, count: int | None):
 
 
 def build_datasets(
-    data: DataArguments, target: TargetArguments, args: MIMTrainingArguments, config, teacher: Teacher | None
+    data: DataArguments,
+    target: TargetArguments,
+    args: MIMTrainingArguments,
+    config,
+    image_processor,
+    teacher: Teacher | None,
 ) -> tuple:
-    """Training and evaluation sets of decoded images, after a look for a readable one in each."""
+    """Training and evaluation sets of decoded images, after a look for a readable one in each.
+
+    The image processor is given what images are scaled by.
+    """
     train, validation, column, argument = load_data(data, args)
     size, channels = config.image_height_and_width, config.num_channels
     # A teacher sees the same crop, in a size of its own: images are cropped to the larger, and reduced on the device.
     size = size if teacher is None else max(size, teacher.size)
-    check_channels(channels)
-    check_first_readable(train, column, size, channels, argument)
+    depth = set_statistics(image_processor, data.statistics, Part(train, argument), column, channels, args)
+    evaluated = EvalTransform(size, channels, depth=depth)
+    check_first_readable(train, column, evaluated, argument)
     if args.decode_once:
         with args.main_process_first(desc="decoding images"):
-            train = decoded_once(train, column)
+            train = decoded_once(train, column, None if depth is None else channels)
     train_dataset = eval_dataset = None
     if args.do_train:
         scale = (data.min_crop_scale, 1.0)
         if data.streaming:
-            transform = TrainTransform(size, channels, scale)
+            transform = TrainTransform(size, channels, scale, depth)
             train = train.shuffle(seed=args.seed, buffer_size=SHUFFLE_BUFFER)
             # By shards each process reads only what it uses.
             strategy = "shards" if train.num_shards >= args.world_size else "examples"
             train = split_dataset_by_node(train, args.process_index, args.world_size, strategy)
             train_dataset = ImageStream(train, column, transform, args.seed, args.process_index, repeat=True)
         elif target.cache_teacher:
-            views = FixedViews(config.image_height_and_width, channels, target.teacher_crops, scale, args.seed)
+            views = FixedViews(config.image_height_and_width, channels, target.teacher_crops, scale, args.seed, depth)
             with args.main_process_first(desc="features of the teacher"):
                 features = cached_features(target.cache_teacher, train, column, teacher, views)
             train_dataset = CachedDataset(train, column, views, args.seed, features)
         else:
-            train_dataset = ImageDataset(train, column, TrainTransform(size, channels, scale), args.seed)
+            train_dataset = ImageDataset(train, column, TrainTransform(size, channels, scale, depth), args.seed)
     if args.do_eval:
-        check_first_readable(validation, column, size, channels, "validation_dir" if data.validation_dir else argument)
+        check_first_readable(validation, column, evaluated, "validation_dir" if data.validation_dir else argument)
         dataset_class = ImageStream if data.streaming else ImageDataset
-        eval_dataset = dataset_class(validation, column, EvalTransform(size, channels), args.seed)
+        eval_dataset = dataset_class(validation, column, evaluated, args.seed)
     return train_dataset, eval_dataset
 
 
-def build_probe(data: DataArguments, args: MIMTrainingArguments, config, evaluation) -> EveryImage | None:
+def build_probe(
+    data: DataArguments, args: MIMTrainingArguments, config, image_processor, evaluation
+) -> EveryImage | None:
     """Labelled images for the monitors: those of `probe_dir`, or the evaluation images of a data set with labels.
 
     Raises:
@@ -229,16 +242,16 @@ def build_probe(data: DataArguments, args: MIMTrainingArguments, config, evaluat
     """
     if not args.do_eval:
         return None
-    size, channels = config.image_height_and_width, config.num_channels
+    transform = EvalTransform(config.image_height_and_width, config.num_channels, depth=depth_of(image_processor))
     if data.probe_dir:
-        records = load_class_folders(data.probe_dir, "probe_dir")
+        records = load_class_folders(data.probe_dir, "probe_dir", DataSource.of(data))
         labels.check_classes(records, "probe_dir")
-        check_first_readable(records, "image", size, channels, "probe_dir")
+        check_first_readable(records, "image", transform, "probe_dir")
     else:
         records = labelled_records(evaluation, data)
     if records is None:
         return None
-    return EveryImage(records, "image", EvalTransform(size, channels), args.seed, labels.LABEL)
+    return EveryImage(records, "image", transform, args.seed, labels.LABEL)
 
 
 def labelled_records(evaluation, data: DataArguments):
@@ -346,13 +359,16 @@ def run(
     set_seed(args.seed)
     evaluated = None if args.do_train else checkpoint  # training loads its checkpoint itself
     model, image_processor, teacher, origin = build_model(model_args, target_args, args, evaluated)
-    train_dataset, eval_dataset = build_datasets(data_args, target_args, args, model.config, teacher)
+    if checkpoint and not evaluated:
+        # A run goes on with what it measured at its start.
+        keep_statistics(checkpoint, image_processor)
+    train_dataset, eval_dataset = build_datasets(data_args, target_args, args, model.config, image_processor, teacher)
     trainer = MIMTrainer(
         model,
         args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        probe_dataset=build_probe(data_args, args, model.config, eval_dataset),
+        probe_dataset=build_probe(data_args, args, model.config, image_processor, eval_dataset),
         image_processor=image_processor,
         teacher=teacher,
         facts=describe_run(

@@ -31,7 +31,11 @@ TARGET_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] =
 
 
 def reconstruction_loss(
-    predictions: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None, kind: str = "mse"
+    predictions: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor | None,
+    kind: str = "mse",
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Error per unit, averaged over masked units, in at least single precision.
 
@@ -39,7 +43,19 @@ def reconstruction_loss(
         predictions, targets: `(batch, num_units, values)`.
         mask: `(batch, num_units)`, 1 for masked; None = all units count.
         kind: name of the error in `TARGET_LOSSES`.
+        counts: booleans like targets; values where they are False have no part, nor have units without any other.
     """
     targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
-    errors = TARGET_LOSSES[kind](predictions.to(targets.dtype), targets)
+    predictions = predictions.to(targets.dtype)
+    if counts is not None:
+        return _error_where(counts, predictions, targets, mask, TARGET_LOSSES[kind])
+    errors = TARGET_LOSSES[kind](predictions, targets)
     return errors.mean() if mask is None else (errors * mask).sum() / mask.sum()
+
+
+def _error_where(counts, predictions, targets, mask, error) -> torch.Tensor:
+    share = counts.float().mean(dim=-1)
+    # Means are over all values of a unit; those that do not count have no error.
+    errors = error(predictions * counts, targets * counts) / share.clamp(min=1e-6)
+    weights = (share > 0).float() if mask is None else mask * (share > 0)
+    return (errors * weights).sum() / weights.sum().clamp(min=1)

@@ -367,6 +367,7 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
         mask_ratio: float | None = None,
         plan: MaskPlan | None = None,
         targets: torch.Tensor | None = None,
+        valid_pixels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
@@ -381,6 +382,8 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
             plan: a mask with its plans, instead of these; see `GreenMIMModel`.
             targets: `(batch_size, num_units, target_width)`, what is to be predicted of every unit, made ahead;
                 default: what `config.reconstruction_target` makes of the images. Features must be given.
+            valid_pixels: booleans of the shape of `pixel_values`; values where they are False are no data: they count
+                neither in the loss nor in the normalisation of their unit. For the target pixels.
             output_attentions, output_hidden_states: as in `GreenMIMModel`.
 
         Raises:
@@ -408,29 +411,47 @@ class GreenMIMForPreTraining(GreenMIMPreTrainedModel):
             raise ValueError("`bool_masked_pos` masks no unit; pre-training needs at least one masked unit.")
         visible = outputs.visible_units
         logits = self.decoder(outputs.last_hidden_state, visible, unit_grid, outputs.stage_tokens)
-        if targets is None:
+        counts = None
+        if valid_pixels is not None:
+            targets, counts = self._targets_of_valid(pixel_values, valid_pixels, targets)
+        elif targets is None:
             targets = self.target.targets(pixel_values)
         expected = (pixel_values.shape[0], unit_grid[0] * unit_grid[1], self.target.width)
         if targets.shape != expected:
             raise ValueError(f"`targets` has shape {tuple(targets.shape)}, but {expected} is needed.")
         return GreenMIMForPreTrainingOutput(
-            loss=self._loss(logits, targets, outputs.mask, visible),
+            loss=self._loss(logits, targets, outputs.mask, visible, counts),
             logits=logits,
             mask=outputs.mask,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def _loss(self, logits, targets, mask, visible) -> torch.Tensor:
+    def _targets_of_valid(self, pixel_values, valid_pixels, targets) -> tuple[torch.Tensor, torch.Tensor]:
+        """Targets of pixels, and which of their values count."""
+        if targets is not None or self.config.reconstruction_target != "pixels":
+            raise ValueError(
+                "`valid_pixels` is given, which is for targets that are the pixels of the images, but"
+                f" `reconstruction_target` is {self.config.reconstruction_target!r} and `targets` is"
+                f" {'None' if targets is None else 'given'}."
+            )
+        if valid_pixels.shape != pixel_values.shape or valid_pixels.dtype != torch.bool:
+            raise ValueError(
+                f"`valid_pixels` has shape {tuple(valid_pixels.shape)} and type {valid_pixels.dtype}, but booleans of"
+                f" the shape {tuple(pixel_values.shape)} of `pixel_values` are needed."
+            )
+        return self.target.targets(pixel_values, valid_pixels), self.target.cut(valid_pixels)
+
+    def _loss(self, logits, targets, mask, visible, counts=None) -> torch.Tensor:
         """Error of the units that count, and of the mean over all units."""
         config = self.config
-        of_units, counts = targets, mask if config.loss_on == "masked" else None
+        of_units, of_mask = targets, mask if config.loss_on == "masked" else None
         if self.decoder.predicts_visible_only:
-            counts = None
+            of_mask = None
             if visible is not None:
                 index = visible[:, :, None].expand(targets.shape[0], -1, targets.shape[2])
-                of_units = targets.gather(1, index)
-        loss = reconstruction_loss(logits, of_units, counts, config.target_loss)
+                of_units, counts = targets.gather(1, index), None if counts is None else counts.gather(1, index)
+        loss = reconstruction_loss(logits, of_units, of_mask, config.target_loss, counts)
         if config.pooled_loss_weight == 0:
             return loss
         pooled = reconstruction_loss(logits.mean(dim=1), targets.mean(dim=1), None, config.target_loss)

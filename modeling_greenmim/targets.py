@@ -48,10 +48,22 @@ class PixelTarget:
                 " variance; set it to False, or choose a larger `patch_size`."
             )
 
-    def targets(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images `(batch, channels, height, width)` -> `(batch, num_units, unit**2 * channels)`."""
+    def targets(self, pixel_values: torch.Tensor, valid_pixels: torch.Tensor | None = None) -> torch.Tensor:
+        """Images `(batch, channels, height, width)` -> `(batch, num_units, unit**2 * channels)`.
+
+        Args:
+            valid_pixels: booleans of the same shape; a unit is normalised by those values of it that are True.
+        """
         patches = self._patches(pixel_values)
-        return normalize_units(patches) if self.normalizes else patches
+        if not self.normalizes:
+            return patches
+        return (
+            normalize_units(patches) if valid_pixels is None else normalize_units_by(patches, self.cut(valid_pixels))
+        )
+
+    def cut(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Values of pixels, `(batch, channels, height, width)`, as the targets have them."""
+        return patchify(pixels, self.unit)
 
     def to_pixels(self, predictions: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         """Scales predictions back by the mean and variance of each unit of the images."""
@@ -62,7 +74,7 @@ class PixelTarget:
         return predictions * deviation + mean
 
     def _patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        patches = patchify(pixel_values, self.unit)
+        patches = self.cut(pixel_values)
         return patches.to(torch.promote_types(patches.dtype, torch.float32))
 
 
@@ -106,3 +118,12 @@ def normalize_units(patches: torch.Tensor) -> torch.Tensor:
     # The fused layer normalisation divides by the biased deviation; ours is the unbiased one.
     share = (values - 1) / values
     return nn.functional.layer_norm(patches, (values,), eps=1e-6 * share) * share**0.5
+
+
+def normalize_units_by(patches: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """`normalize_units` by the mean and variance of those values that count, booleans of the same shape."""
+    number = counts.sum(dim=-1, keepdim=True)
+    mean = (patches * counts).sum(dim=-1, keepdim=True) / number.clamp(min=1)
+    centred = patches - mean
+    variance = (centred.square() * counts).sum(dim=-1, keepdim=True) / (number - 1).clamp(min=1)
+    return centred / (variance + 1e-6).sqrt()

@@ -346,7 +346,10 @@ def test_grey_and_rgb_images_of_the_same_grey_are_augmented_alike():
         ({"color_jitter": -0.1}, r"`color_jitter` is -0\.1"),
         ({"random_erasing": 1.5}, r"`random_erasing` is 1\.5"),
         ({"rand_augment": "m9"}, "`rand_augment` is 'm9'"),
-        ({"scaling": scaling([0.5] * 4, [0.5] * 4)}, "`scaling` has 4 channels; images have 1"),
+        (
+            {"color_jitter": 0.4, "scaling": scaling([0.5] * 4, [0.5] * 4)},
+            r"`color_jitter` is 0\.4, whose saturation is for RGB, but images have 4",
+        ),
     ],
 )
 def test_bad_settings_are_refused_by_name(kwargs, message):

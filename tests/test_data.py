@@ -402,7 +402,7 @@ def test_one_readable_image_is_enough(tmp_path):
     (tmp_path / "b.png").write_bytes(b"")
     noise_image(0).save(tmp_path / "c.png")
     write_broken(tmp_path / "d.png")
-    check_first_readable(load_folder(str(tmp_path), "train_dir"), "image", SIZE, 3, "train_dir")
+    check_first_readable(load_folder(str(tmp_path), "train_dir"), "image", EvalTransform(SIZE, 3), "train_dir")
 
 
 def test_data_without_a_readable_image_is_an_error_with_examples(tmp_path):
@@ -410,12 +410,12 @@ def test_data_without_a_readable_image_is_an_error_with_examples(tmp_path):
         write_broken(tmp_path / f"{name}.png")
     records = load_folder(str(tmp_path), "train_dir")
     with pytest.raises(ValueError, match=r"`train_dir` has no readable image among 4: .*a\.png.*b\.png.*c\.png"):
-        check_first_readable(records, "image", SIZE, 3, "train_dir")
+        check_first_readable(records, "image", EvalTransform(SIZE, 3), "train_dir")
 
 
 def test_empty_data_is_an_error():
     with pytest.raises(ValueError, match=r"`dataset_name` has no readable image among 0: it is empty"):
-        check_first_readable(records_of([]), "image", SIZE, 3, "dataset_name")
+        check_first_readable(records_of([]), "image", EvalTransform(SIZE, 3), "dataset_name")
 
 
 def test_first_look_at_a_stream_gives_up_in_time():
@@ -430,7 +430,7 @@ def test_first_look_at_a_stream_gives_up_in_time():
         records, features=datasets.Features({"image": ImageFeature(decode=False)})
     )
     with pytest.raises(ValueError, match=r"no readable image among 1000: 0\.png"):
-        check_first_readable(stream, "image", SIZE, 3, "dataset_name")
+        check_first_readable(stream, "image", EvalTransform(SIZE, 3), "dataset_name")
     assert len(seen) < 2000
 
 
@@ -438,5 +438,5 @@ def test_first_look_draws_no_random_numbers():
     torch.manual_seed(0)
     np.random.seed(0)
     before = (torch.get_rng_state(), np.random.get_state()[1].copy())
-    check_first_readable(records_of([numbered(1)]), "image", SIZE, 3, "train_dir")
+    check_first_readable(records_of([numbered(1)]), "image", EvalTransform(SIZE, 3), "train_dir")
     assert torch.equal(torch.get_rng_state(), before[0]) and np.array_equal(np.random.get_state()[1], before[1])

@@ -22,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -329,6 +330,8 @@ class Runner:
         for name in re.findall(r'"([\w/]+\.(?:png|jpg))"', code):
             if not Path(name).exists():
                 noise_image(7, 80, 70).save(name)
+        for name in re.findall(r'"([\w/]+\.npy)"', code):
+            np.save(name, np.asarray(noise_image(7, 80, 70)))
         for line in code.splitlines():
             for name in re.findall(r'(?:from_pretrained\(|model=)"([^"]+)"', line):
                 self.provide_model(name, classes=2 if "lassif" in line else 0)

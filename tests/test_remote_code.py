@@ -23,7 +23,15 @@ from tests.oracle import tiny_config
 
 
 CODE = [
-    *("attention.py", "blocks.py", "compat.py", "configuration_greenmim.py", "decoder.py", "encoders.py"),
+    *(
+        "array_image.py",
+        "attention.py",
+        "blocks.py",
+        "compat.py",
+        "configuration_greenmim.py",
+        "decoder.py",
+        "encoders.py",
+    ),
     *("hog.py", "layout.py", "losses.py", "masking.py", "modeling_greenmim.py", "packing.py", "planning.py"),
     *("plans.py", "resizing.py", "swin.py", "targets.py", "twins.py"),
 ]

@@ -21,6 +21,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
 import run_mim
 from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel
+from modeling_greenmim.image_processing_greenmim import build_image_processor
 from tests.training_helpers import (
     OVERRIDES,
     ROOT,
@@ -107,7 +108,10 @@ def test_held_out_share_is_disjoint_and_fixed_by_the_seed(tmp_path):
     def split(seed):
         argv = flags(tmp_path / "out", "--train_dir", tmp_path / "data", "--do_train", "--do_eval", "--seed", seed)
         _, data, args = parse_run_mim([*argv, "--train_val_split", "0.25"])
-        train, evaluation = run_mim.build_datasets(data, TargetArguments(), args, tiny_config(), teacher=None)
+        config = tiny_config()
+        train, evaluation = run_mim.build_datasets(
+            data, TargetArguments(), args, config, build_image_processor(config), teacher=None
+        )
         return tuple({record["path"] for record in part.records["image"]} for part in (train, evaluation))
 
     (train, evaluation), again, other = split(1), split(1), split(2)

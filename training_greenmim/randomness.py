@@ -10,7 +10,7 @@ import torch
 
 
 # What draws are for: keeps streams of equal numbers apart.
-SHUFFLE, AUGMENTATION, MASK, MODEL, REPLACEMENT, VIEW = range(6)
+SHUFFLE, AUGMENTATION, MASK, MODEL, REPLACEMENT, VIEW, STATISTICS = range(7)
 
 
 def derived_generator(*key: int) -> np.random.Generator:

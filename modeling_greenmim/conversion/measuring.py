@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from modeling_greenmim import GreenMIMForPreTraining
-from modeling_greenmim.image_processing_greenmim import GreenMIMImageProcessorPil, build_image_processor
+from modeling_greenmim.image_processing_greenmim import build_image_processor
 from modeling_greenmim.losses import reconstruction_loss
 from modeling_greenmim.masking import sample_noise
+from modeling_greenmim.pixels import to_8_bit
 
 from .checkpoint import CheckpointError
 from .reading import clear_errors
@@ -107,7 +108,7 @@ def read_photographs(folder: str | Path | None = None) -> list[Image.Image]:
     with clear_errors(f"`photographs` {str(folder)!r}"):
         known = Image.registered_extensions()
         paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in known)
-        photographs = [GreenMIMImageProcessorPil.open_image(path) for path in paths[:MAX_PHOTOGRAPHS]]
+        photographs = [to_8_bit(ImageOps.exif_transpose(Image.open(path))) for path in paths[:MAX_PHOTOGRAPHS]]
     if not photographs:
         raise CheckpointError(f"`photographs` is {str(folder)!r}, a folder without images that Pillow reads.")
     return photographs

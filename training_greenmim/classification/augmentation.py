@@ -134,6 +134,8 @@ INTENSITY = {
 }
 GEOMETRIC = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 OPERATIONS = (*INTENSITY, *GEOMETRIC)
+# What needs colours to be red, green and blue.
+RGB_ONLY = ("color",)
 
 
 def _affine(operation: str, level: torch.Tensor, aspect: float) -> torch.Tensor:
@@ -182,7 +184,8 @@ class RandAugment(AugmentationBase2D):
     and whether the operation is applied. kornia's own RandAugment draws operations once a batch and without noise, and
     its operations mean other things by shear, brightness, contrast and saturation than Pillow's.
 
-    Takes and returns floating-point images in [0, 1], (batch, 1 or 3 channels, height, width).
+    Takes and returns floating-point images in [0, 1], (batch, channels, height, width). Where these are neither grey
+    nor RGB, no image draws an operation of `RGB_ONLY`.
 
     Args:
         settings: see `parse_rand_augment`.
@@ -192,12 +195,14 @@ class RandAugment(AugmentationBase2D):
     def __init__(self, settings: RandAugmentSettings, fill: torch.Tensor):
         super().__init__(p=1.0)
         self.settings, self.fill = settings, fill
+        of_any = len(fill) in (1, 3)
+        self.operations = torch.tensor([i for i, name in enumerate(OPERATIONS) if of_any or name not in RGB_ONLY])
 
     def generate_parameters(self, batch_shape) -> dict[str, torch.Tensor]:
         """`operations`, numbers into `OPERATIONS` or -1 for none, and `levels` from -1 to 1: (num_layers, batch)."""
         magnitude, num_layers, magnitude_std, probability = self.settings
         shape = (num_layers, batch_shape[0])
-        operations = torch.randint(len(OPERATIONS), shape)
+        operations = self.operations[torch.randint(len(self.operations), shape)]
         operations[torch.rand(shape) >= probability] = -1
         magnitudes = (magnitude + magnitude_std * torch.randn(shape)).clamp(0, MAX_MAGNITUDE)
         signs = torch.randint(2, shape) * 2 - 1
@@ -262,10 +267,14 @@ class BatchAugmentation(nn.Module):
 
     def __init__(self, rand_augment: str | None, color_jitter: float, random_erasing: float, scaling: PixelScaling):
         super().__init__()
-        if len(scaling.order) not in (1, 3):
-            raise ValueError(f"`scaling` has {len(scaling.order)} channels; images have 1 (grey) or 3 (RGB).")
         if color_jitter < 0:
             raise ValueError(f"`color_jitter` is {color_jitter!r}; it must be at least 0.")
+        channels = len(scaling.order)
+        if color_jitter > 0 and rand_augment is None and channels not in (1, 3):
+            raise ValueError(
+                f"`color_jitter` is {color_jitter!r}, whose saturation is for RGB, but images have {channels}"
+                " channels: give 0, or `rand_augment`, which then goes without what is for RGB."
+            )
         if not 0 <= random_erasing <= 1:
             raise ValueError(f"`random_erasing` is {random_erasing!r}; a probability is from 0 to 1.")
         self.scaling = scaling
@@ -295,11 +304,9 @@ class BatchAugmentation(nn.Module):
                 f"`images` has shape {tuple(images.shape)}; it must be (batch, {channels}, height, width), with the"
                 " channels of `scaling`."
             )
-        if images.dtype == torch.uint8:
-            images = images / 255
-        elif not images.is_floating_point():
+        if images.dtype != torch.uint8 and not images.is_floating_point():
             raise ValueError(f"`images` is of type {images.dtype}; it must be uint8, or floating point in [0, 1].")
-        return self.erase(self.scaling(self.distort(images)))
+        return self.erase(self.scaling(self.distort(self.scaling.unit(images))))
 
 
 def cutmix(images: torch.Tensor, share: float) -> tuple[torch.Tensor, float]:

@@ -19,7 +19,7 @@ from modeling_greenmim import GreenMIMForImageClassification
 from ..data.image_dataset import EveryImage
 from ..data.images import image_name
 from ..data.readers import LABEL, fingerprint_of_files
-from ..pretraining.pictures import picture_grid
+from ..pretraining.pictures import drawn_channels, picture_grid
 from ..runs.models import weights_checksum
 from ..runs.processes import on_main_process
 from .probes import head_name
@@ -55,6 +55,7 @@ class EmbeddingTrainer(ClassificationTrainer):
         if stages and not all(1 <= stage <= len(model.config.depths) for stage in stages):
             raise ValueError(f"`embed_stages` is {stages}; the model has the stages 1 to {len(model.config.depths)}.")
         super().__init__(model, *args, metrics=[], **kwargs)
+        drawn_channels(self.args.picture_channels, getattr(model.config, "num_channels", 3))
         self.stages, self.compute_metrics = stages, None
         model.set_submodule(head_name(model), nn.Identity())
 
@@ -153,13 +154,16 @@ def _names(dataset: EveryImage, indices: list[int]) -> list[str]:
     return [image_name(path, f"image {index}") for index, path in zip(indices, paths, strict=True)]
 
 
-def draw_neighbours(paths: list[Path], dataset: EveryImage, picture: str) -> bool:
+def draw_neighbours(
+    paths: list[Path], dataset: EveryImage, picture: str, picture_channels: list[int] | None = None
+) -> bool:
     """Draws some images, each with its nearest others by cosine similarity of embeddings: a row for each.
 
     Args:
         paths: files of `save_embeddings`.
         dataset: the same images.
         picture: the file to write.
+        picture_channels: as in `picture_grid`.
 
     Returns:
         Whether there is a picture: a single image has no neighbours.
@@ -173,10 +177,14 @@ def draw_neighbours(paths: list[Path], dataset: EveryImage, picture: str) -> boo
     similarity[torch.arange(len(queries)), queries] = -torch.inf
     nearest = similarity.topk(min(NEIGHBOURS, len(indices) - 1)).indices
     chosen = torch.cat([queries[:, None], nearest], dim=1)
-    columns = [torch.stack([dataset[indices[row]]["pixel_values"] / 255 for row in column]) for column in chosen.T]
+    columns = [torch.stack([_drawn(dataset[indices[row]]["pixel_values"]) for row in column]) for column in chosen.T]
     channels = columns[0].shape[1]
-    picture_grid(columns, [0.0] * channels, [1.0] * channels).save(picture)
+    picture_grid(columns, [0.0] * channels, [1.0] * channels, picture_channels).save(picture)
     return True
+
+
+def _drawn(image: torch.Tensor) -> torch.Tensor:
+    return image / 255 if image.dtype == torch.uint8 else image.nan_to_num()
 
 
 def _read(paths: list[Path]) -> tuple[list[int], torch.Tensor]:

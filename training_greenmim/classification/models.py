@@ -40,10 +40,13 @@ def as_evaluated(image_processor, config: PreTrainedConfig, share: float):
         share: `crop_pct` of evaluation.
     """
     height, width = image_height_and_width(config, image_processor)
+    if getattr(image_processor, "image_range", None) is not None:  # of ours, which crops as evaluation does
+        image_processor.size, image_processor.crop_pct = {"height": height, "width": width}, share
+        return image_processor
     image_processor.do_resize, image_processor.resample = True, Image.Resampling.BICUBIC
     if height != width:
         image_processor.size, image_processor.do_center_crop = {"height": height, "width": width}, False
-    elif hasattr(image_processor, "crop_pct"):  # it resizes to size / crop_pct, then crops
+    elif getattr(image_processor, "crop_pct", None) is not None:  # it resizes to size / crop_pct, then crops
         image_processor.size, image_processor.crop_pct = {"shortest_edge": height}, share
         image_processor.crop_size = {"height": height, "width": width}
     else:

@@ -22,7 +22,7 @@ class ImageDataset(torch.utils.data.Dataset):
     Args:
         records: data set with an undecoded image column.
         column: name of that column.
-        transform: function of (image source, generator) -> uint8 tensor.
+        transform: function of (image source, generator) -> tensor.
         seed: what augmentation is derived from, with epoch, sample and repetition.
         label_column: column of class numbers to return too, if any.
     """
@@ -38,7 +38,7 @@ class ImageDataset(torch.utils.data.Dataset):
         """Sample for an index, or for a key of `EpochShuffle`.
 
         Returns:
-            `pixel_values`, uint8 `(channels, height, width)`, `unreadable`, a list of messages, `labels`, a class
+            `pixel_values`, `(channels, height, width)`, `unreadable`, a list of messages, `labels`, a class
             number, where there is a label column, and, for a key, `sample_key`: its epoch and position.
 
         Raises:
@@ -88,7 +88,7 @@ class EveryImage(ImageDataset):
         try:
             return {**self._load(index, None), "unreadable": [], "readable": True}
         except UnreadableImageError as error:
-            sample = {"pixel_values": torch.zeros(self.transform.shape, dtype=torch.uint8), "readable": False}
+            sample = {"pixel_values": self.transform.blank(), "readable": False}
             if self.label_column is not None:
                 sample["labels"] = self.records[index][self.label_column]
             return {**sample, "unreadable": [str(error)]}
@@ -130,8 +130,8 @@ def collate(samples: list[dict]) -> dict:
     """Batch of samples.
 
     Returns:
-        `pixel_values`, uint8 `(batch, channels, height, width)`, the messages on `unreadable` images, and, where the
-        samples have them, `labels` and `readable`, both `(batch,)`, and `features` of a teacher, `(batch, ...)`.
+        `pixel_values`, `(batch, channels, height, width)`, the messages on `unreadable` images, and, where the samples
+        have them, `labels` and `readable`, both `(batch,)`, and `features` of a teacher, `(batch, ...)`.
     """
     batch = {
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),

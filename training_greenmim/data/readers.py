@@ -14,14 +14,20 @@ import datasets
 import numpy as np
 from datasets import ClassLabel
 from datasets import Image as ImageFeature
+from huggingface_hub.utils import tqdm
+from transformers.utils import logging
 
 from ..compat import datasets_cache_folder, datasets_fingerprint
 from ..randomness import SHUFFLE, derived_generator
 from ..runs.extras import require
 from .folders import find_images
 from .images import UnreadableImageError, decode, is_address, load_image
+from .parts import split_name
+from .tiles import PAGES, parts_of
 from .transforms import EvalTransform
 
+
+logger = logging.get_logger(__name__)
 
 # What the label column of every data set is called, and renamed to.
 LABEL = "label"
@@ -45,6 +51,8 @@ class DataSource:
     validation_dir: str | None = None
     test_dir: str | None = None
     streaming: bool = False
+    pages: str = PAGES[0]
+    tile: int | None = None
 
     @classmethod
     def of(cls, arguments) -> "DataSource":
@@ -112,7 +120,7 @@ class FolderReader(Reader):
         for name in ("train", "validation"):
             folder, argument = getattr(source, f"{name}_dir"), f"{name}_dir"
             if folder:
-                parts[name] = Part(load(folder, argument), argument)
+                parts[name] = Part(load(folder, argument, source), argument)
         return parts
 
 
@@ -148,7 +156,7 @@ def read_records(source: DataSource, labelled: bool = False, needs_train: bool =
     if "validation" not in parts and "test" in parts:
         parts["validation"] = parts.pop("test")
     if source.test_dir:
-        parts["test"] = Part(load_folder(source.test_dir, "test_dir"), "test_dir")
+        parts["test"] = Part(load_folder(source.test_dir, "test_dir", source), "test_dir")
     return {name: parts[name] for name in ("train", "validation", "test") if name in parts}
 
 
@@ -179,19 +187,38 @@ def elpv() -> tuple[datasets.Dataset, datasets.Dataset]:
     return parts[0], parts[1]
 
 
-def load_folder(folder: str, argument: str) -> datasets.Dataset:
-    """All images below a folder, without labels; errors as in `find_images`."""
-    records = [{"path": path, "bytes": None} for path in find_images(folder, argument)]
+def image_names(folder: str, argument: str, source: DataSource) -> list[str]:
+    """Names of all images below a folder: of files, or of their pages and tiles as `source` says.
+
+    Raises:
+        `ValueError`: as in `find_images`.
+    """
+    paths = find_images(folder, argument)
+    if source.pages == PAGES[0] and source.tile is None:
+        return paths
+    names = []
+    for path in tqdm(paths, "Looking for pages and tiles", leave=False):
+        try:
+            names += parts_of(path, source.pages, source.tile)
+        except Exception:  # whatever a decoder raises on a broken file, which is told of when it is to be read
+            names.append(path)
+    logger.info(f"`{argument}` is {folder!r}: {len(paths):,} files make {len(names):,} images.")
+    return names
+
+
+def load_folder(folder: str, argument: str, source: DataSource = DataSource()) -> datasets.Dataset:
+    """All images below a folder, without labels; arguments and errors as of `image_names`."""
+    records = [{"path": path, "bytes": None} for path in image_names(folder, argument, source)]
     return datasets.Dataset.from_dict({"image": records}, datasets.Features({"image": ImageFeature(decode=False)}))
 
 
-def load_class_folders(folder: str, argument: str) -> datasets.Dataset:
+def load_class_folders(folder: str, argument: str, source: DataSource = DataSource()) -> datasets.Dataset:
     """Images in one sub-folder for each class: columns `image` (undecoded) and `label`.
 
     Raises:
-        `ValueError`: as in `find_images`, and when an image lies outside the sub-folders.
+        `ValueError`: as in `image_names`, and when an image lies outside the sub-folders.
     """
-    paths = find_images(folder, argument)
+    paths = image_names(folder, argument, source)
     names = [os.path.relpath(path, folder).split(os.sep)[0] for path in paths]
     outside = [path for path, name in zip(paths, names) if path == os.path.join(folder, name)]
     if outside:
@@ -243,20 +270,23 @@ def undecoded(records, column: str, *others: str):
     return records.select_columns([column, *others]).cast_column(column, ImageFeature(decode=False))
 
 
-def decoded_once(records: datasets.Dataset, column: str) -> datasets.Dataset:
+def decoded_once(records: datasets.Dataset, column: str, channels: int | None = None) -> datasets.Dataset:
     """The data set with its images kept uncompressed, in a file of `datasets`' cache that is mapped into memory.
 
     All processes and workers share the file, and so do later runs on the same data, as long as no image file has
     changed its name, size or time of modification. An unreadable image stays as it is.
+
+    Args:
+        channels: that a model takes in full depth; None for 8 bits.
     """
 
     def keep_decoded(record):
         try:
-            return {column: {"bytes": decode(record[column]), "path": record[column]["path"]}}
+            return {column: {"bytes": decode(record[column], channels), "path": record[column]["path"]}}
         except UnreadableImageError:
             return record
 
-    fingerprint = fingerprint_of_files(records, column)
+    fingerprint = fingerprint_of_files(records, column) + (f"-{channels}" if channels else "")
     folder = os.path.join(datasets_cache_folder(), "greenmim-decoded")
     os.makedirs(folder, exist_ok=True)
     # `datasets` writes to a file aside and renames it. Unless told where, it keeps what has no file in memory.
@@ -276,15 +306,18 @@ def fingerprint_of_files(records: datasets.Dataset, column: str) -> str:
     # The names alone: encoded images beside them are not read.
     name = f"{column}.path"
     for path in records.select_columns([column]).flatten().select_columns([name])[name]:
-        file = path.rpartition("::")[2] if is_address(path) else path
+        file = path.rpartition("::")[2] if is_address(path) else path and split_name(path)[0]
         if file is not None and os.path.isfile(file):
             status = os.stat(file)
             digest.update(f"{file} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]
 
 
-def check_first_readable(records, column: str, size: tuple[int, int], channels: int, argument: str) -> None:
+def check_first_readable(records, column: str, transform: EvalTransform, argument: str) -> None:
     """Looks for an image that can be read, before anything else happens.
+
+    Args:
+        transform: what images are to become.
 
     Raises:
         `ValueError`: when there is none, naming the first that cannot be read.
@@ -292,7 +325,7 @@ def check_first_readable(records, column: str, size: tuple[int, int], channels: 
     unreadable = []
     for record in records:
         try:
-            load_image(record[column], EvalTransform(size, channels), None)
+            load_image(record[column], transform, None)
         except UnreadableImageError as error:
             unreadable.append(str(error))
             if isinstance(records, datasets.IterableDataset) and len(unreadable) == FIRST_READABLE_WITHIN:

@@ -30,6 +30,10 @@ class PixelScaling(NamedTuple):
         scaled = (images - self.mean) / self.std
         return scaled if self.order == sorted(self.order) else scaled[..., self.order, :, :]
 
+    def unit(self, images: torch.Tensor) -> torch.Tensor:
+        """Images of the data loader, uint8, or in [0, 1] with nan for no data, -> in [0, 1] with the mean for it."""
+        return images / 255 if images.dtype == torch.uint8 else torch.where(images.isnan(), self.mean, images)
+
     def to(self, device: torch.device) -> "PixelScaling":
         """The same on another device."""
         return self._replace(mean=self.mean.to(device), std=self.std.to(device))
@@ -48,6 +52,11 @@ def scaling_of(image_processor, channels: int) -> PixelScaling:
     Raises:
         `ValueError`: naming the processor, where it does anything else than scale each channel and reorder them.
     """
+    if getattr(image_processor, "image_range", None) is not None:  # of ours: of any depth
+        mean, std = (
+            torch.tensor(numbers)[:, None, None] for numbers in (image_processor.image_mean, image_processor.image_std)
+        )
+        return PixelScaling(mean, std, list(range(channels)))
     images = np.zeros((channels + 2, SIDE, SIDE, channels), dtype=np.uint8)
     for channel in range(channels):
         images[1 + channel, ..., channel] = 255

@@ -17,7 +17,7 @@ class ImageStream(torch.utils.data.IterableDataset):
     Args:
         records: stream with an undecoded image column.
         column: name of that column.
-        transform: function of (image source, generator) -> uint8 tensor.
+        transform: function of (image source, generator) -> tensor.
         seed: what augmentation is derived from, with epoch, process, worker and position in the worker's stream.
         process: number of the process, which reads a part of the stream of its own.
         repeat: go through the stream again and again, each time as a new epoch: a run that is resumed then finds

@@ -1,5 +1,5 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""From opened images to cropped uint8 tensors. Runs in the workers of the data loader."""
+"""From opened images to cropped tensors. Runs in the workers of the data loader."""
 
 import math
 from dataclasses import dataclass
@@ -8,12 +8,10 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from modeling_greenmim.array_image import ArrayImage, Box, FullDepth, center_crop_box, crop_and_resize
 from modeling_greenmim.pixels import to_8_bit
 
 from .images import open_image, to_tensor
-
-
-Box = tuple[float, float, float, float]
 
 
 def random_crop_box(
@@ -37,15 +35,6 @@ def random_crop_box(
             top = int(generator.integers(height - crop_height + 1))
             return left, top, left + crop_width, top + crop_height
     return center_crop_box(width, height, aspect, 1.0)
-
-
-def center_crop_box(width: int, height: int, aspect: float, share: float) -> Box:
-    """Central crop of a given aspect (width / height) that takes `share` of the largest possible side."""
-    crop_width = min(width, height * aspect) * share
-    crop_height = crop_width / aspect
-    # Rounding must not lead outside.
-    left, top = max(0.0, (width - crop_width) / 2), max(0.0, (height - crop_height) / 2)
-    return left, top, min(width, left + crop_width), min(height, top + crop_height)
 
 
 @dataclass(frozen=True)
@@ -75,18 +64,32 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return image.size[::-1] if is_turned else image.size
 
 
-def apply_geometry(image: Image.Image, geometry: Geometry, channels: int) -> torch.Tensor:
-    """Decodes the part of an opened image that is kept and resizes it, bicubic, to a uint8 tensor.
+def apply_geometry(
+    image: Image.Image, geometry: Geometry, channels: int, depth: FullDepth | None = None
+) -> torch.Tensor:
+    """Decodes the part of an opened image that is kept and resizes it, bicubic.
 
     JPEGs are decoded at a reduced size where the crop allows it.
 
     Args:
-        channels: 1 for grey, 3 for RGB.
+        channels: 1 for grey, 3 for RGB, or what images of full depth have.
+        depth: None for 8 bits.
 
     Returns:
-        uint8 `(channels, height, width)`.
+        `(channels, height, width)`: uint8, or in full depth float32 in [0, 1], nan where there is no data.
+
+    Raises:
+        `ValueError`: for images that the format cannot be made of.
     """
+    pixels = _8_bit_pixels(image, geometry, channels) if depth is None else _values(image, geometry, depth)
+    return pixels.flip(2) if geometry.flip else pixels
+
+
+def _8_bit_pixels(image: Image.Image, geometry: Geometry, channels: int) -> torch.Tensor:
     box, size = geometry.box, geometry.size
+    if isinstance(image, ArrayImage) and image.dtype == np.uint8 and image.channels == channels:
+        # Only the part that is kept is read.
+        return torch.from_numpy(crop_and_resize(image, box, size).round().clip(0, 255).astype(np.uint8))
     if _is_reducible(image):
         # The decoder may reduce the image as long as the crop keeps the pixels that it is resized to.
         factor = _reduce(image, max(size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1])))
@@ -96,11 +99,18 @@ def apply_geometry(image: Image.Image, geometry: Geometry, channels: int) -> tor
         ImageOps.exif_transpose(image, in_place=True)
     image = to_8_bit(image)
     if image.mode == "RGB" and channels == 3 and _suits_torch(box, size):
-        pixels = _resize_by_torch(image, box, size)
-    else:
-        image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-        pixels = to_tensor(image.convert("L" if channels == 1 else "RGB"))
-    return pixels.flip(2) if geometry.flip else pixels
+        return _resize_by_torch(image, box, size)
+    image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+    return to_tensor(image.convert("L" if channels == 1 else "RGB"))
+
+
+def _values(image: Image.Image, geometry: Geometry, depth: FullDepth) -> torch.Tensor:
+    if not isinstance(image, ArrayImage):
+        ImageOps.exif_transpose(image, in_place=True)
+    values = depth.crop(image, geometry.box, geometry.size)
+    if np.isnan(values).all():
+        raise ValueError("no value of it, or of the crop, is data")
+    return torch.from_numpy(values)
 
 
 def _is_reducible(image: Image.Image) -> bool:
@@ -133,21 +143,28 @@ def _reduce(image: Image.Image, factor: float) -> float:
 
 
 class TrainTransform:
-    """Random resized crop and horizontal flip, straight to uint8.
+    """Random resized crop and horizontal flip.
 
     Args:
         size: height and width of the result in pixels.
-        channels: 1 or 3.
+        channels, depth: as in `apply_geometry`.
         scale: range of the crop's share of the image's area.
     """
 
-    def __init__(self, size: tuple[int, int], channels: int, scale: tuple[float, float] = (0.2, 1.0)):
-        self.size, self.channels, self.scale = size, channels, scale
+    def __init__(
+        self,
+        size: tuple[int, int],
+        channels: int,
+        scale: tuple[float, float] = (0.2, 1.0),
+        depth: FullDepth | None = None,
+    ):
+        self.size, self.channels, self.scale, self.depth = size, channels, scale, depth
 
     def __call__(self, source, generator: np.random.Generator) -> torch.Tensor:
-        """Image source -> uint8 `(channels, height, width)`; the same generator state gives the same crop."""
+        """Image source -> `(channels, height, width)`; the same generator state gives the same crop."""
         image = open_image(source)
-        return apply_geometry(image, self.draw_geometry(*upright_size(image), generator), self.channels)
+        geometry = self.draw_geometry(*upright_size(image), generator)
+        return apply_geometry(image, geometry, self.channels, self.depth)
 
     def draw_geometry(self, width: int, height: int, generator: np.random.Generator) -> Geometry:
         """Random geometry for an upright image of a size in pixels."""
@@ -160,16 +177,19 @@ class EvalTransform:
 
     Args:
         size: height and width of the result in pixels.
-        channels: 1 or 3.
+        channels, depth: as in `apply_geometry`.
         share: of the smaller side; timm's `crop_pct`.
     """
 
-    def __init__(self, size: tuple[int, int], channels: int, share: float = 224 / 256):
-        self.size, self.channels, self.share = size, channels, share
-        self.shape = (channels, *size)
+    def __init__(self, size: tuple[int, int], channels: int, share: float = 224 / 256, depth: FullDepth | None = None):
+        self.size, self.channels, self.share, self.depth = size, channels, share, depth
 
     def __call__(self, source, generator=None) -> torch.Tensor:
-        """Image source -> uint8 `(channels, height, width)`."""
+        """Image source -> `(channels, height, width)`."""
         image = open_image(source)
         box = center_crop_box(*upright_size(image), self.size[1] / self.size[0], self.share)
-        return apply_geometry(image, Geometry(box, self.size), self.channels)
+        return apply_geometry(image, Geometry(box, self.size), self.channels, self.depth)
+
+    def blank(self) -> torch.Tensor:
+        """What stands for an image that cannot be read."""
+        return torch.zeros(self.channels, *self.size, dtype=torch.uint8 if self.depth is None else torch.float32)

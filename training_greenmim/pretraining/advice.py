@@ -66,9 +66,10 @@ class Advice(TrainerCallback):
             self.say("rank", f"`eval_rankme` is left out: {_rows_needed(self.config)}")
 
     def look_at(self, images: torch.Tensor) -> None:
-        """Looks at the first evaluated images, uint8 `(images, channels, height, width)`, of a run."""
+        """Looks at the first evaluated images of a run, `(images, channels, height, width)`, uint8 or in [0, 1]."""
         if not self.has_looked:
             self.has_looked = True
+            images = images if images.dtype == torch.uint8 else images.nan_to_num() * 255
             constant = constant_images(images)
             self.say("constant", constant)
             if constant is None:

@@ -96,7 +96,8 @@ class Teacher:
         without affine; of others the last stage's.
 
         Args:
-            images: uint8 `(batch, channels, height, width)`; grey ones are given to teachers of RGB as grey RGB.
+            images: `(batch, channels, height, width)`, uint8 or in [0, 1]; grey ones are given to teachers of RGB as
+                grey RGB.
 
         Returns:
             `(batch, rows, columns, width)` in single precision.
@@ -104,7 +105,7 @@ class Teacher:
         pixels = resized(images, self.size)
         if pixels.shape[1] < self.channels:
             pixels = pixels.expand(-1, self.channels, -1, -1)
-        pixels = self.scaling(pixels / 255).to(self.model.dtype, memory_format=torch.channels_last)
+        pixels = self.scaling(self.scaling.unit(pixels)).to(self.model.dtype, memory_format=torch.channels_last)
         outputs = self.model(pixel_values=pixels, output_hidden_states=True, return_dict=True, **self.options)
         last = getattr(outputs, "last_hidden_state", None)
         if last is None:
@@ -200,10 +201,11 @@ class TeacherTargets:
 
 
 def resized(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """uint8 images `(batch, channels, height, width)` of another size, bicubic; the same where they have it."""
+    """Images `(batch, channels, height, width)`, uint8 or in [0, 1], of another size, bicubic, or the same."""
     if tuple(images.shape[2:]) == size:
         return images
-    return nn.functional.interpolate(images.float(), size, mode="bicubic", antialias=True).round().clamp(0, 255)
+    other = nn.functional.interpolate(images.float(), size, mode="bicubic", antialias=True)
+    return other.round().clamp(0, 255).byte() if images.dtype == torch.uint8 else other.clamp(0, 1)
 
 
 class Stopwatch:

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -11,10 +12,12 @@ import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
 
+from modeling_greenmim.array_image import FullDepth, center_crop_box
+
 from ..data.image_dataset import ImageDataset
 from ..data.images import UnreadableImageError, load_image, open_image
 from ..data.readers import fingerprint_of_files
-from ..data.transforms import Geometry, TrainTransform, apply_geometry, center_crop_box, upright_size
+from ..data.transforms import EvalTransform, Geometry, TrainTransform, apply_geometry, upright_size
 from ..randomness import VIEW, derived_generator
 from .teacher import Teacher
 
@@ -28,14 +31,22 @@ class FixedViews:
 
     Args:
         size: height and width in pixels.
-        channels: 1 or 3.
+        channels, depth: as in `apply_geometry`.
         num_crops: crops beside the whole image, drawn from the seed.
         scale: range of a crop's share of the image's area.
         seed: what crops are derived from, with the image and the number of the crop.
     """
 
-    def __init__(self, size: tuple[int, int], channels: int, num_crops: int, scale: tuple[float, float], seed: int):
-        self.size, self.channels, self.num_crops, self.seed = size, channels, num_crops, seed
+    def __init__(
+        self,
+        size: tuple[int, int],
+        channels: int,
+        num_crops: int,
+        scale: tuple[float, float],
+        seed: int,
+        depth: FullDepth | None = None,
+    ):
+        self.size, self.channels, self.num_crops, self.seed, self.depth = size, channels, num_crops, seed, depth
         self.crops = TrainTransform(size, channels, scale)
 
     def __len__(self) -> int:
@@ -43,10 +54,10 @@ class FixedViews:
 
     def of_size(self, size: tuple[int, int]) -> "FixedViews":
         """The same views in other sizes."""
-        return FixedViews(size, self.channels, self.num_crops, self.crops.scale, self.seed)
+        return FixedViews(size, self.channels, self.num_crops, self.crops.scale, self.seed, self.depth)
 
     def __call__(self, source, index: int, view: int) -> torch.Tensor:
-        """View of image `index` of a data set, uint8 `(channels, height, width)`."""
+        """View of image `index` of a data set, `(channels, height, width)`."""
         image: Image.Image = open_image(source)
         width, height = upright_size(image)
         crop, is_mirrored = view // 2, bool(view % 2)
@@ -55,7 +66,7 @@ class FixedViews:
         else:
             generator = derived_generator(self.seed, VIEW, index, crop)
             box = self.crops.draw_geometry(width, height, generator).box
-        return apply_geometry(image, Geometry(box, self.size, is_mirrored), self.channels)
+        return apply_geometry(image, Geometry(box, self.size, is_mirrored), self.channels, self.depth)
 
 
 class CachedDataset(ImageDataset):
@@ -102,6 +113,7 @@ def cached_features(folder: str, records: datasets.Dataset, column: str, teacher
         "views": [len(views), views.crops.scale, views.seed if views.num_crops else None],
         "channels": views.channels,
         "aspect": views.size[1] / views.size[0],
+        **({} if views.depth is None else asdict(views.depth)),
     }
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
     place, shape = Path(folder, key), (len(records), len(views), *teacher.grid, teacher.width)
@@ -141,4 +153,4 @@ def _view_or_zeros(source, views: FixedViews, index: int, view: int) -> torch.Te
     try:
         return _load_view(source, views, index, view)
     except UnreadableImageError:
-        return torch.zeros(views.channels, *views.size, dtype=torch.uint8)
+        return EvalTransform(views.size, views.channels, depth=views.depth).blank()

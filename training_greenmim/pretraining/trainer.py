@@ -27,7 +27,7 @@ from .collator import MaskedCollator, draw_plan, plan_by_saliency
 from .masks import ATTENTIVE
 from .monitors import check_metric, measure
 from .monitors.features import FeatureReader
-from .pictures import picture_grid, reconstruct
+from .pictures import drawn_channels, picture_grid, reconstruct
 from .teacher import Stopwatch, Teacher, TeacherTargets, resized
 
 
@@ -51,6 +51,7 @@ class MIMTrainer(ImageTrainer):
 
     def __init__(self, *args, teacher: Teacher | None = None, probe_dataset: ImageDataset | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        drawn_channels(self.args.picture_channels, self.model.config.num_channels)
         check_metric(self.args.metric_for_best_model, has_labels=probe_dataset is not None)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -103,19 +104,26 @@ class MIMTrainer(ImageTrainer):
         return EpochShuffle(length, self.args.seed, multiple_of=batch)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Loss of a batch of uint8 images; in training it stops at a loss that is not finite."""
+        """Loss of a batch of images; in training it stops at a loss that is not finite."""
         self.report_unreadable(inputs["unreadable"])
         pixel_values = self.normalize(inputs["pixel_values"])
         features = None if self.teacher is None else self.features_of(inputs)
         targets = None if features is None else self.teacher_targets(features)
         plan = self.plan_of(inputs, features) if model.training else self.evaluation_plan
-        outputs = model(pixel_values=pixel_values, plan=plan, targets=targets)
+        options = {} if targets is not None else self.valid_pixels(inputs["pixel_values"])
+        outputs = model(pixel_values=pixel_values, plan=plan, targets=targets, **options)
         if model.training:
             self.check_finite(outputs.loss)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
+    def valid_pixels(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Which pixels of images are data, where some may not be, as an argument of the model."""
+        if images.dtype == torch.uint8 or self.model.config.reconstruction_target != "pixels":
+            return {}
+        return {"valid_pixels": ~images.isnan()}
+
     def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """uint8 images, which may be larger for a teacher -> float images as the model takes them."""
+        """Images, which may be larger for a teacher -> float images as the model takes them."""
         return super().normalize(resized(pixel_values, self.model.config.image_height_and_width))
 
     def features_of(self, inputs: dict) -> torch.Tensor:
@@ -218,7 +226,7 @@ class MIMTrainer(ImageTrainer):
             return None
         masked, reconstruction = reconstruct(model, pixel_values, outputs.logits, outputs.mask)
         mean, std = self.image_mean.flatten().tolist(), self.image_std.flatten().tolist()
-        picture = picture_grid([pixel_values, masked, reconstruction], mean, std)
+        picture = picture_grid([pixel_values, masked, reconstruction], mean, std, self.args.picture_channels)
         path = os.path.join(self.args.output_dir, "reconstructions", f"step-{self.state.global_step:06d}.png")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         picture.save(path)

@@ -12,8 +12,11 @@ from typing import ClassVar
 import torch
 import transformers
 from accelerate.utils import parse_flag_from_env
+from PIL import Image
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
+from ..data.statistics import AUTO, StatisticsSetting
+from ..data.tiles import PAGES
 from ..pretraining.masks import STRATEGY_NAMES
 from .argument_files import SUFFIXES, read_argument_file
 from .energy import check_country
@@ -88,8 +91,52 @@ class ImageDataArguments:
     image_column_name: str | None = field(default=None, metadata={"help": "Column of the images."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only so many training images."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only so many evaluation images."})
+    image_statistics: str = field(
+        default=AUTO,
+        metadata={
+            "help": "What values of images are scaled by: imagenet (8-bit, 1 or 3 channels), measure (range, mean and"
+            ' standard deviation of each channel, in full depth), numbers ("range=[0,4095],mean=[0.3],std=[0.2]", the'
+            " rest is measured), or auto: what the checkpoint says, imagenet for 8-bit images, measure for others."
+        },
+    )
+    nodata: float | None = field(
+        default=None, metadata={"help": "Value that stands for none, such as -9999; nan and infinity always do."}
+    )
+
+    pages: str = field(
+        default=PAGES[0],
+        metadata={"help": f"Pages of TIFF and DICOM files in folders: {', '.join(PAGES)} (all as one image)."},
+    )
+    tile: int | None = field(
+        default=None,
+        metadata={"help": "Take images of folders that are larger as a grid of tiles of so many pixels a side."},
+    )
+    max_image_pixels: int | None = field(
+        default=None,
+        metadata={
+            "help": "Refuse files that are decoded as a whole above twice so many pixels, as Pillow does (its default"
+            " is 89 million); they may be made to fill the memory."
+        },
+    )
+
+    @property
+    def statistics(self) -> StatisticsSetting:
+        """What `image_statistics` and `nodata` say."""
+        return StatisticsSetting.of(self.image_statistics, self.nodata)
 
     def __post_init__(self):
+        StatisticsSetting.of(self.image_statistics, self.nodata)
+        if self.pages not in PAGES:
+            raise ValueError(f"`pages` is {self.pages!r}; it must be one of {', '.join(PAGES)}.")
+        for name in ("pages", "tile"):
+            if self.dataset_name and getattr(self, name) not in (None, PAGES[0]):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}, which is for folders, but `dataset_name` is"
+                    f" {self.dataset_name!r}."
+                )
+        check_at_least(self, 1, "tile", "max_image_pixels")
+        if self.max_image_pixels is not None:
+            Image.MAX_IMAGE_PIXELS = self.max_image_pixels
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"`train_val_split` is {self.train_val_split}; it must be between 0 and 1.")
         check_at_least(self, 1, "max_train_samples", "max_eval_samples")
@@ -157,6 +204,12 @@ class ImageTrainingArguments(TrainingArguments):
     logging_steps: float | None = field(
         default=None,
         metadata={"help": "Steps from one log to the next; default: 20 logs a run, but one every 10 s in long runs."},
+    )
+    picture_channels: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Channels, from 1, of the images in pictures: red, green and blue, or one; default: the first."
+        },
     )
     weight_decay: float = field(
         default=0.05, metadata={"help": "Weight decay, but of 1-D parameters, bias tables and tokens."}

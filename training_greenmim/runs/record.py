@@ -23,7 +23,15 @@ FREE_PREFIXES += ("log_", "logging_", "save_", "track", "validation_")
 FREE = {"allow_changes", "batch_eval_metrics", "bf16_full_eval", "country_iso_code", "crop_pct", "debug"}
 FREE |= {"disable_tqdm", "enable_jit_checkpoint", "fp16_full_eval", "greater_is_better", "label_names"}
 FREE |= {"load_best_model_at_end", "local_rank", "max_eval_samples", "metric_for_best_model", "metrics"}
-FREE |= {"num_pictures", "output_dir", "per_device_eval_batch_size", "prediction_loss_only", "probe_dir", "project"}
+FREE |= {
+    "num_pictures",
+    "output_dir",
+    "picture_channels",
+    "per_device_eval_batch_size",
+    "prediction_loss_only",
+    "probe_dir",
+    "project",
+}
 FREE |= {"push_to_hub", "remove_unused_columns", "report_to", "resume_from_checkpoint", "run_name"}
 FREE |= {"restore_callback_states_from_checkpoint", "skip_memory_metrics", "stop_on_nonfinite_loss", "test_dir"}
 FREE |= {"torch_empty_cache_steps", "use_cache"}

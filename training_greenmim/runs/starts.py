@@ -18,6 +18,7 @@ from modeling_greenmim import GreenMIMConfig, GreenMIMImageProcessorPil, GreenMI
 from modeling_greenmim.conversion import CheckpointError, import_checkpoint
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 
+from ..data.statistics import carry_statistics
 from .models import read_config
 
 
@@ -199,7 +200,7 @@ def image_processor_of(start: Start, config: GreenMIMConfig):
         return own
     processor = build_image_processor(config)
     if len(own.image_mean) == config.num_channels:
-        processor.image_mean, processor.image_std = own.image_mean, own.image_std
+        carry_statistics(own, processor)
     return processor
 
 

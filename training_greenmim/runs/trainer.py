@@ -124,7 +124,7 @@ class _ThroughputCallback(TrainerCallback):
 
 
 class ImageTrainer(CheckpointTrainer):
-    """Trains on uint8 images that are normalised on the device.
+    """Trains on images that are normalised on the device.
 
     What is drawn on the device comes from (seed, step, micro-batch, process), and order and augmentation in the
     workers from (seed, epoch, sample): a run that was killed and resumed goes on exactly as if it had not been.
@@ -288,8 +288,8 @@ class ImageTrainer(CheckpointTrainer):
         return [name for name, _ in model.named_parameters() if name not in kept]
 
     def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """uint8 images -> float images as the image processor makes them, on their device."""
-        return self.scaling(pixel_values / 255)
+        """Images of the data loader -> float images as the image processor makes them, on their device."""
+        return self.scaling(self.scaling.unit(pixel_values))
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A micro-batch, with every random draw on the device derived from where the run stands."""
