@@ -267,6 +267,7 @@ def test_rotation_deletes_an_abandoned_future_first_then_the_oldest(tmp_path, li
         (("--per_device_train_batch_size", 2), "total_batch_size 4 (now 2)"),
         (("--min_crop_scale", 0.5), "min_crop_scale 0.2 (now 0.5)"),
         (("--weight_decay", 0.1), "weight_decay 0.05 (now 0.1)"),
+        (("--layer_decay", 0.7), "layer_decay 1.0 (now 0.7)"),
         (("--max_train_samples", 9), "training images 10 (now 9)"),
         (("--max_steps", 5), "max_steps 6 (now 5)"),
     ],
@@ -274,7 +275,13 @@ def test_rotation_deletes_an_abandoned_future_first_then_the_oldest(tmp_path, li
 def test_resuming_another_run_is_refused(finished, stopped, more, said):
     with pytest.raises(ValueError) as caught:
         resume(stopped, finished, *more)
-    assert said in str(caught.value) and "--allow_changes" in str(caught.value)
+    assert said in str(caught.value)
+    assert ("--allow_changes" in str(caught.value)) == (more[0] != "--layer_decay")
+
+
+def test_the_groups_of_an_optimizer_cannot_be_changed(finished, stopped):
+    with pytest.raises(ValueError, match=r"layer_decay 1\.0 \(now 0\.7\), by which .*--model_name_or_path"):
+        resume(stopped, finished, "--layer_decay", 0.7, "--allow_changes")
 
 
 def test_another_mask_ratio_and_other_images_are_refused(finished, stopped, tmp_path):

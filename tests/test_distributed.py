@@ -111,16 +111,17 @@ def assert_same(actual: dict, expected: dict, tolerance: float = 1e-5) -> None:
 @pytest.mark.slow
 def test_more_processes_train_as_one_and_take_over_from_another_number(script):
     """20 steps of the same batches and masks; then the second half of a run of two processes in one and in four."""
-    weights, expected = train(script, "one", 1)
+    by_layer = ("--layer_decay", 0.9)
+    weights, expected = train(script, "one", 1, *by_layer)
     assert len(expected) == 20 and len(set(expected.values())) == 20
     saving = ("--save_strategy", "steps", "--save_steps", 10)
     for number, more in ((2, saving), (4, ())):
-        found, found_losses = train(script, f"with-{number}", number, *more)
+        found, found_losses = train(script, f"with-{number}", number, *by_layer, *more)
         assert_same(found_losses, expected)
         assert_same(found, weights)
     for number in (1, 4):
         resuming = ("--resume_from_checkpoint", script.parent / "with-2" / "checkpoint-10")
-        found, found_losses = train(script, f"resumed-{number}", number, *resuming)
+        found, found_losses = train(script, f"resumed-{number}", number, *by_layer, *resuming)
         assert set(found_losses) == set(range(10, 20))
         assert_same(found_losses, {step: loss for step, loss in expected.items() if step >= 10})
         assert_same(found, weights)

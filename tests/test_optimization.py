@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
-from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining
+from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, GreenMIMModel
 from tests.training_helpers import tiny_config
 from training_greenmim.optimization import (
     cosine_schedule,
@@ -56,11 +56,13 @@ THREE_STAGES = {
     "greenmim.encoder.layers.2.blocks.1.": 6,
     "greenmim.layernorm.": 7,
     "classifier.": 7,
+    "decoder.": 7,
 }
+ALIGNED = {"decoder_type": "linear", "reconstruction_target": "features", "target_width": 4}
 
 
-def three_stage_model() -> GreenMIMForImageClassification:
-    return GreenMIMForImageClassification(tiny_config(depths=[1, 3, 2], num_heads=[1, 2, 4], window_size=2))
+def three_stage_model(model_class=GreenMIMForImageClassification, **changes):
+    return model_class(tiny_config(depths=[1, 3, 2], num_heads=[1, 2, 4], window_size=2, **changes))
 
 
 def names_to_groups(model: nn.Module, groups: list[dict]) -> dict[str, dict]:
@@ -90,15 +92,16 @@ def test_the_table_has_real_names_of_swin_base():
 
 def test_layers_of_a_model_of_three_stages_are_those_of_the_table():
     used = set()
-    for name, _ in three_stage_model().named_parameters():
+    names = [name for name, _ in three_stage_model().named_parameters()]
+    for name in (*names, *(name for name, _ in three_stage_model(GreenMIMForPreTraining).named_parameters())):
         (prefix,) = [prefix for prefix in THREE_STAGES if name.startswith(prefix)]
         used.add(prefix)
         assert layer_of_parameter(name, [1, 3, 2]) == THREE_STAGES[prefix], name
     assert used == set(THREE_STAGES)
 
 
-@pytest.mark.parametrize("name", ["decoder.mask_token", "dinov2.encoder.layer.0.mlp.fc1.weight", "decoder.norm.bias"])
-def test_a_parameter_that_classifiers_do_not_have_has_no_layer(name):
+@pytest.mark.parametrize("name", ["head.weight", "dinov2.encoder.layer.0.mlp.fc1.weight", "norm.bias"])
+def test_a_parameter_that_such_models_do_not_have_has_no_layer(name):
     with pytest.raises(ValueError, match=f"`name` is '{name}'"):
         layer_of_parameter(name, SWIN_BASE)
 
@@ -126,6 +129,16 @@ def test_groups_have_the_learning_rates_of_the_closed_form():
     torch.optim.AdamW(groups)
 
 
+@pytest.mark.parametrize("changes", [{}, {"decoder_type": "prompting"}, ALIGNED])
+def test_decoders_and_heads_of_alignment_learn_at_the_full_rate(changes):
+    model = three_stage_model(GreenMIMForPreTraining, **changes)
+    groups = parameter_groups(model, learning_rate=0.3, weight_decay=0.05, layer_decay=0.7)
+    check_closed_form(model, groups)
+    decoder = {id(parameter) for parameter in model.decoder.parameters()}
+    full = {id(parameter) for group in groups for parameter in group["params"] if group["lr"] == 0.3}
+    assert decoder and decoder < full
+
+
 @pytest.mark.parametrize("layer_decay", [1.0, 0.7])
 def test_vectors_and_bias_tables_are_not_decayed(layer_decay):
     model = three_stage_model()
@@ -141,14 +154,15 @@ def test_tokens_are_not_decayed():
     assert groups["decoder.mask_token"]["weight_decay"] == 0.0 and model.decoder.mask_token.ndim > 1
 
 
-def test_a_wrapped_model_has_the_same_groups(tmp_path):
+@pytest.mark.parametrize("model_class", [GreenMIMForImageClassification, GreenMIMForPreTraining])
+def test_a_wrapped_model_has_the_same_groups(tmp_path, model_class):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        model = nn.parallel.DistributedDataParallel(three_stage_model())
+        model = nn.parallel.DistributedDataParallel(three_stage_model(model_class))
         check_closed_form(model, parameter_groups(model, 0.3, 0.05, 0.7), prefix="module.")
     finally:
         torch.distributed.destroy_process_group()
-    model = torch.compile(three_stage_model())
+    model = torch.compile(three_stage_model(model_class))
     check_closed_form(model, parameter_groups(model, 0.3, 0.05, 0.7), prefix="_orig_mod.")
 
 
@@ -191,8 +205,8 @@ def test_layers_of_vit_and_swin():
     assert {name: rates[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(2, 3), lambda: GreenMIMForPreTraining(tiny_config())])
-def test_layer_decay_needs_a_known_classifier(make):
+@pytest.mark.parametrize("make", [lambda: nn.Linear(2, 3), lambda: GreenMIMModel(tiny_config())])
+def test_layer_decay_needs_a_known_model(make):
     model = make()
     with pytest.raises(ValueError, match=rf"`layer_decay` is 0\.7, but the model is a {type(model).__name__}"):
         parameter_groups(model, 0.3, 0.05, layer_decay=0.7)

@@ -729,7 +729,7 @@ def test_a_compiled_run_is_the_run_as_it_is(tmp_path):
     write_images(tmp_path / "held-out", 4, first_seed=30)
     folders = ("--train_dir", tmp_path / "data", "--validation_dir", tmp_path / "held-out")
     evaluating = ("--do_eval", "--eval_strategy", "steps", "--eval_steps", 2, "--num_pictures", 0)
-    common = (*folders, "--do_train", *evaluating, "--max_steps", 6)
+    common = (*folders, "--do_train", *evaluating, "--max_steps", 6, "--layer_decay", 0.7)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = run(tmp_path / "compiled", *common, "--torch_compile_backend", "aot_eager")

@@ -13,7 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from modeling_greenmim import GreenMIMForPreTraining
 from modeling_greenmim.image_processing_greenmim import build_image_processor
@@ -28,6 +28,19 @@ from training_greenmim.runs.arguments import MIMTrainingArguments, default_num_w
 from training_greenmim.runs.checkpoints import last_checkpoint
 from training_greenmim.runs.curves import loss_curve
 from training_greenmim.runs.trainer import NonFiniteLossError
+
+
+# Layers of `tiny_config`, by what names of their parameters begin with.
+LAYERS = {
+    "greenmim.embeddings.": 0,
+    "greenmim.encoder.layers.0.blocks.0.": 1,
+    "greenmim.encoder.layers.0.blocks.1.": 2,
+    "greenmim.encoder.layers.0.downsample.": 2,
+    "greenmim.encoder.layers.1.blocks.0.": 3,
+    "greenmim.encoder.layers.1.blocks.1.": 4,
+    "greenmim.layernorm.": 5,
+    "decoder.": 5,
+}
 
 
 def image_dataset(count: int, transform, first_seed: int = 0, seed: int = 0) -> ImageDataset:
@@ -136,6 +149,36 @@ def test_learning_rate_warms_up_then_follows_a_cosine(tmp_path):
         rates == pytest.approx([peak * factor for factor in wanted], abs=1e-9)
         for wanted in (factors, [*factors[1:], 0.0])
     )
+
+
+def test_each_layer_learns_at_its_own_rate(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1, warmup_steps=0, learning_rate=0.01, layer_decay=0.5)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    # The first step of Adam moves a weight that is not decayed by the learning rate.
+    moved = {}
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.ndim == 1:
+            part = next(part for part in LAYERS if name.startswith(part))
+            moved[part] = max(moved.get(part, 0), (parameter - before[name]).abs().max().item())
+    assert moved == pytest.approx({part: 0.01 * 0.5 ** (5 - layer) for part, layer in LAYERS.items()}, rel=0.01)
+
+
+def test_without_layer_decay_the_optimizer_is_trainers(tmp_path):
+    trainer = make_trainer(tmp_path)
+    groups, expected = trainer.create_optimizer().param_groups, Trainer.create_optimizer(make_trainer(tmp_path))
+    assert len(groups) == 2 and trainer.args.layer_decay == 1
+    for found, wanted in zip(groups, expected.param_groups, strict=True):
+        assert {key: found[key] for key in found if key != "params"} == {
+            key: wanted[key] for key in wanted if key != "params"
+        }
+        assert all(torch.equal(a, b) for a, b in zip(found["params"], wanted["params"], strict=True))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, 1.01, math.nan])
+def test_layer_decays_that_make_no_sense_are_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=rf"`layer_decay` is {value}; it must be in \(0, 1\]"):
+        arguments(tmp_path, layer_decay=value)
 
 
 def test_both_learning_rates_are_refused(tmp_path):

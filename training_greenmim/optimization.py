@@ -22,6 +22,8 @@ _DEPTHS_OF = {
     "swin": lambda config: list(config.depths),
     "vit": lambda config: [config.num_hidden_layers],
 }
+# What follows the encoder; all of it learns at the full rate.
+_HEADS = ("classifier", "decoder")
 _SPARED = ("relative_position_bias_table", "mask_token", "cls_token", "position_embeddings")
 
 
@@ -31,18 +33,18 @@ def no_decay_parameters(model: nn.Module) -> set[str]:
 
 
 def layer_of_parameter(name: str, depths: list[int]) -> int:
-    """Number of the layer that a parameter of an image classifier (GreenMIM, Swin or ViT) belongs to.
+    """Number of the layer that a parameter of a classifier (GreenMIM, Swin or ViT) or pre-training model belongs to.
 
-    The embedding is layer 0, block i (counted through the stages) layer i + 1, and the final norm and the classifier
-    are layer `sum(depths) + 1`. A merge goes with the last block of the stage that it ends, whatever else a stage has,
-    such as Twins' position encoding, with the first.
+    The embedding is layer 0, block i (counted through the stages) layer i + 1, and the final norm and what follows it,
+    a classifier or a whole decoder, are layer `sum(depths) + 1`. A merge goes with the last block of the stage that it
+    ends, whatever else a stage has, such as Twins' position encoding, with the first.
 
     Args:
         name: as `named_parameters` gives it, of the model itself or of one that is wrapped.
         depths: blocks of each stage.
 
     Raises:
-        `ValueError`: for a parameter that such an image classifier does not have.
+        `ValueError`: for a parameter that such models do not have.
     """
     parts = name.split(".")
     if match := _HIERARCHICAL.search(name):
@@ -55,9 +57,12 @@ def layer_of_parameter(name: str, depths: list[int]) -> int:
         return int(match[1]) + 1
     if "embeddings" in parts:
         return 0
-    if "layernorm" in parts or "classifier" in parts:
+    if "layernorm" in parts or any(head in parts for head in _HEADS):
         return sum(depths) + 1
-    raise ValueError(f"`name` is {name!r}; image classifiers of GreenMIM, Swin and ViT have no such parameter.")
+    raise ValueError(
+        f"`name` is {name!r}; image classifiers of GreenMIM, Swin and ViT, and pre-training models of GreenMIM, have"
+        " no such parameter."
+    )
 
 
 def parameter_groups(
@@ -69,8 +74,9 @@ def parameter_groups(
     taught most, change least (BEiT, https://huggingface.co/papers/2106.08254, and SimMIM's recipe).
 
     Args:
-        model: any model; an image classifier of GreenMIM, Swin or ViT unless `layer_decay` is 1.
-        learning_rate: that of the head.
+        model: any model; unless `layer_decay` is 1 an image classifier of GreenMIM, Swin or ViT, or a pre-training
+            model of GreenMIM.
+        learning_rate: that of the head or decoder.
         weight_decay: for all parameters but those of `no_decay_parameters`.
         layer_decay: factor of the learning rate from each layer to the one below it; see `layer_of_parameter`.
 
@@ -98,10 +104,10 @@ def _depths(model: nn.Module, layer_decay: float) -> list[int]:
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    if model_type not in _DEPTHS_OF or not hasattr(model, "classifier"):
+    if model_type not in _DEPTHS_OF or not any(hasattr(model, head) for head in _HEADS):
         raise ValueError(
             f"`layer_decay` is {layer_decay}, but the model is a {type(model).__name__}; only the layers of image"
-            " classifiers of GreenMIM, Swin and ViT are known. 1.0 fits every model."
+            " classifiers of GreenMIM, Swin and ViT, and of GreenMIM's pre-training, are known. 1.0 fits every model."
         )
     return _DEPTHS_OF[model_type](config)
 

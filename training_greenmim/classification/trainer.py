@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..compat import make_next_training_create_a_scheduler
 from ..data.image_dataset import EpochShuffle
 from ..data.images import image_name
-from ..optimization import cosine_schedule, lars, parameter_groups
+from ..optimization import cosine_schedule, lars
 from ..runs.card import write_classifier_card
 from ..runs.extras import is_installed, require
 from ..runs.trainer import ImageTrainer
@@ -65,18 +65,10 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
         return EpochShuffle(length, self.args.seed, self.args.repeated_augmentation, multiple_of=batch)
 
     def create_optimizer(self, model=None):
-        """AdamW, or LARS, with a learning rate for each layer."""
-        if self.optimizer is None:
-            args = self.args
-            groups = parameter_groups(
-                self.model if model is None else model, args.learning_rate, args.weight_decay, args.layer_decay
-            )
-            if args.lars:
-                self.optimizer = lars(groups, args.learning_rate)
-            else:
-                optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.model)
-                self.optimizer = optimizer_class(groups, **options)
-        return self.optimizer
+        """LARS, or the arguments' optimizer, with a learning rate for each layer."""
+        if self.optimizer is None and self.args.lars:
+            self.optimizer = lars(self.groups_by_layer(model), self.args.learning_rate)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Linear warm-up and cosine, from and to the arguments' rates; any other schedule is Transformers'."""

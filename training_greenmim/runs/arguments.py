@@ -214,6 +214,9 @@ class ImageTrainingArguments(TrainingArguments):
     weight_decay: float = field(
         default=0.05, metadata={"help": "Weight decay, but of 1-D parameters, bias tables and tokens."}
     )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Factor of the learning rate from each layer to the one below it."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule after the warm-up."})
     dataloader_num_workers: int | None = field(
         default=None, metadata={"help": "Workers of the data loader; default: the process's share of cores, up to 8."}
@@ -288,6 +291,8 @@ class ImageTrainingArguments(TrainingArguments):
         check_at_least(self, 1, "per_device_train_batch_size", "per_device_eval_batch_size")
         check_at_least(self, 1, "gradient_accumulation_steps")
         check_at_least(self, 0, "dataloader_num_workers", "base_learning_rate", "learning_rate", "weight_decay")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"`layer_decay` is {self.layer_decay}; it must be in (0, 1].")
         check_at_least(self, 0, "eval_steps")  # 0: every logging_steps
         if self.eval_steps is not None and math.isinf(self.eval_steps):
             raise ValueError(f"`eval_steps` is {self.eval_steps}; it must be finite, or `eval_strategy` no.")
@@ -373,9 +378,6 @@ class ClassificationTrainingArguments(ImageTrainingArguments):
     base_batch_size: ClassVar[int] = 512
     default_base_learning_rate: ClassVar[float] = 1.25e-3
 
-    layer_decay: float = field(
-        default=1.0, metadata={"help": "Factor of the learning rate from each layer to the one below it."}
-    )
     min_learning_rate: float = field(
         default=0.0, metadata={"help": "Where the cosine ends; scaled by the batch as base_learning_rate is."}
     )
@@ -450,7 +452,7 @@ class ClassificationTrainingArguments(ImageTrainingArguments):
                 raise ValueError(
                     f"`{name}` is {value}; it must be {'in [0, 1]' if name in at_most_1 else '0 or more'}."
                 )
-        for name in ("layer_decay", "min_crop_scale", "crop_pct"):
+        for name in ("min_crop_scale", "crop_pct"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; it must be in (0, 1].")
         if self.repeated_augmentation < 1:

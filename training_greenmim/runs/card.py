@@ -109,6 +109,7 @@ def _optimization(trainer) -> dict:
         "epochs": round(trainer.state.epoch or 0, 2),
         "batch": args.total_batch_size,
         "learning rate": f"{args.learning_rate:.3g}, {args.lr_scheduler_type.value}, warm-up {args.warmup_steps:g}",
+        "layer_decay": args.layer_decay,
         "weight decay": args.weight_decay,
         "precision": "fp32" if args.mixed_precision == "no" else args.mixed_precision,
         "seed": args.seed,
@@ -133,7 +134,7 @@ def _pretraining_recipe(trainer) -> dict:
 
 def _classification_recipe(trainer) -> dict:
     args = trainer.args
-    names = ("layer_decay", "min_crop_scale", "rand_augment", "color_jitter", "random_erasing", "mixup", "cutmix")
+    names = ("min_crop_scale", "rand_augment", "color_jitter", "random_erasing", "mixup", "cutmix")
     names += ("label_smoothing_factor", "repeated_augmentation", "ema_decay", "balance", "max_grad_norm")
     return {
         "optimizer": "LARS" if args.lars else f"AdamW, betas {args.adam_beta1}/{args.adam_beta2}",

@@ -50,6 +50,8 @@ MACHINE |= {"parallelism_config", "per_device_train_batch_size", "processes", "u
 LENGTHS = {"max_steps", "num_train_epochs"}
 # Their values lie in the optimizer's state and come back with it.
 OF_THE_OPTIMIZER = {"learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
+# What decides how that state is divided; not even `allow_changes` changes it.
+GROUPS = "layer_decay"
 # Parts of a configuration that do not make the model.
 NOT_OF_THE_MODEL = {"_name_or_path", "architectures", "auto_map", "dtype", "transformers_version"}
 
@@ -110,6 +112,12 @@ def check_same_run(checkpoint: str, trainer) -> None:
     others = {name: pair for name, pair in changed.items() if name not in longer and name not in machine}
     if not others:
         return
+    if GROUPS in others:
+        raise ValueError(
+            f"`resume_from_checkpoint`: the run of {checkpoint} had {_told({GROUPS: others[GROUPS]})}, by which the"
+            " optimizer's state in it is grouped. Give it what it had, or start a new run from its weights with"
+            f" --model_name_or_path {checkpoint}."
+        )
     if not trainer.args.allow_changes:
         raise ValueError(
             f"`resume_from_checkpoint`: the run of {checkpoint} had {_told(others)}. What goes on would not be the"

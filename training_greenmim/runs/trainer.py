@@ -20,7 +20,7 @@ from ..compat import CheckpointTrainer
 from ..data.image_dataset import EpochShuffle, collate, collate_and_report
 from ..data.scaling import scaling_of
 from ..data.streams import ImageStream
-from ..optimization import no_decay_parameters
+from ..optimization import no_decay_parameters, parameter_groups
 from ..randomness import MODEL, derived_seed
 from .card import RunFacts
 from .checkpoints import (
@@ -286,6 +286,19 @@ class ImageTrainer(CheckpointTrainer):
         """Names of the parameters that are decayed."""
         kept = no_decay_parameters(model)
         return [name for name, _ in model.named_parameters() if name not in kept]
+
+    def create_optimizer(self, model=None):
+        """The arguments' optimizer, with a learning rate for each layer where `layer_decay` is not 1."""
+        if self.optimizer is None and self.args.layer_decay != 1:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(self.groups_by_layer(model), **options)
+        return super().create_optimizer(model)
+
+    def groups_by_layer(self, model=None) -> list[dict]:
+        """Groups of parameters as the arguments ask for; see `parameter_groups`."""
+        args = self.args
+        model = self.model if model is None else model
+        return parameter_groups(model, args.learning_rate, args.weight_decay, args.layer_decay)
 
     def normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images of the data loader -> float images as the image processor makes them, on their device."""
