@@ -68,8 +68,8 @@ class ModelArguments(ModelSourceArguments):
     recipe: str | None = field(
         default=None,
         metadata={
-            "help": f"Set of arguments: {' or '.join(RECIPES)}, as published; auto: what the images and the device ask"
-            " for, told with reasons. Flags and files win over it."
+            "help": f"Set of arguments: {' or '.join(RECIPES)}, as published; continue: gently on from a model; auto:"
+            " what the images and the device ask for, told with reasons. Flags and files win over it."
         },
     )
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """`--recipe auto` of both scripts: what it looks at, what it chooses, what it says."""
 
+import json
 import logging
 import shlex
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.training_helpers import (
     noise_image,
     results_of,
     state_of,
+    weights,
     write_class_folders,
     write_images,
     write_pretrained,
@@ -70,6 +72,7 @@ def chosen(**values) -> dict:
         "max_steps": -1,
         "mode": "finetune",
         "output_dir": "out",
+        "recipe": None,
         **values,
     }
 
@@ -165,10 +168,92 @@ def test_models_for_a_gpu(memory, count, name, batch):
     assert not {"base_learning_rate", "bf16", "config_overrides"} & set(choices)
 
 
-@pytest.mark.parametrize("given", [{"config_name": "base"}, {"model_name_or_path": "somewhere"}])
-def test_a_model_that_is_given_stays(given):
-    names = {"config_name", "config_overrides", "base_learning_rate"}
-    assert not names & set(pretraining.auto(facts(500), chosen(**given)))
+def test_a_model_that_is_given_stays(tmp_path):
+    rules = {"config_name", "config_overrides", "base_learning_rate", "layer_decay", "warmup_steps"}
+    assert not rules & set(pretraining.auto(facts(500), chosen(config_name="base")))
+    start = str(write_pretrained(tmp_path))
+    assert not {"config_name", "config_overrides"} & set(
+        pretraining.auto(facts(500), chosen(model_name_or_path=start))
+    )
+
+
+# Going on
+
+
+def other_model(folder: Path, **values) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(values))
+    return str(folder)
+
+
+@pytest.mark.parametrize("teacher", [None, "teacher"])
+def test_going_on_is_gentler_than_from_scratch(tmp_path, teacher):
+    starts = {
+        "small": str(write_pretrained(tmp_path / "small")),
+        "swin": other_model(tmp_path / "swin", model_type="swin", embed_dim=8),
+        "base": other_model(tmp_path / "base", model_type="greenmim"),
+    }
+    # From scratch: what `auto` takes for a CPU, and the published rate.
+    small = pretraining.auto(facts(500), chosen(teacher=teacher))["base_learning_rate"].value
+    rates = {"small": small, "swin": 1.5e-4, "base": 1.5e-4}
+    for name, start in starts.items():
+        given = chosen(model_name_or_path=start, teacher=teacher)
+        values = pretraining.recipe_defaults({**given, "recipe": "continue"})
+        assert values["base_learning_rate"] == pytest.approx(rates[name] / 2)
+        assert 0 < values["layer_decay"] < 1 and values["warmup_steps"] < 0.05
+        by_auto = pretraining.auto(facts(500), given)
+        assert {key: by_auto[key].value for key in values} == values
+    # A model that is small once its last stage is dropped.
+    assert pretraining.recipe_defaults(
+        chosen(model_name_or_path=starts["base"], config_overrides="depths=[2],num_heads=[4]", recipe="continue")
+    )["base_learning_rate"] == pytest.approx(4e-3)
+
+
+def test_going_on_needs_a_model():
+    with pytest.raises(ValueError, match="`recipe` is 'continue', but there is nothing to go on from: give"):
+        read(PRETRAINING, recipe_of_pretraining(), "--recipe", "continue", "--output_dir", "out", "--use_cpu")
+    flags = ("--recipe", "continue", "--output_dir", "out", "--use_cpu", "--model_name_or_path", "nowhere")
+    with pytest.raises(ValueError, match="`model_name_or_path` is 'nowhere': there is no such folder"):
+        read(PRETRAINING, recipe_of_pretraining(), *flags)
+
+
+def test_what_is_given_wins_over_going_on(tmp_path):
+    flags = ["--recipe", "continue", "--output_dir", "out", "--use_cpu"]
+    flags += ["--model_name_or_path", write_pretrained(tmp_path / "start"), "--per_device_train_batch_size", 64]
+    recipe = recipe_of_pretraining()
+    args = read(PRETRAINING, recipe, *flags)[3]
+    assert (args.learning_rate, args.layer_decay, args.warmup_steps) == (1e-3, 0.9, 0.01)
+    args = read(PRETRAINING, recipe, *flags, "--learning_rate", 0.3, "--layer_decay", 1, "--warmup_steps", 7)[3]
+    assert (args.learning_rate, args.layer_decay, args.warmup_steps) == (0.3, 1, 7)
+    (tmp_path / "more.yaml").write_text("learning_rate: 0.2\nlayer_decay: 0.8\n")
+    args = read(PRETRAINING, recipe, tmp_path / "more.yaml", *flags)[3]
+    assert (args.learning_rate, args.layer_decay, args.warmup_steps) == (0.2, 0.8, 0.01)
+
+
+def test_a_run_goes_on_by_its_recipe(tmp_path):
+    write_images(tmp_path / "data", 8)
+    start = write_pretrained(tmp_path / "start")
+    argv = ["--train_dir", str(tmp_path / "data"), "--model_name_or_path", str(start), "--recipe", "continue"]
+    argv += [
+        "--do_train",
+        "--max_steps",
+        "4",
+        "--per_device_train_batch_size",
+        "4",
+        "--use_cpu",
+        "--logging_steps",
+        "1",
+    ]
+    argv += ["--dataloader_num_workers", "0", "--report_to", "none", "--disable_tqdm", "true", "--warmup_steps", "0"]
+    run_mim.main([*argv, "--output_dir", str(tmp_path / "out"), "--weight_decay", "0"])
+    rates = [entry["learning_rate"] for entry in state_of(tmp_path / "out")["log_history"] if "learning_rate" in entry]
+    assert rates[0] == pytest.approx(4e-3 * 4 / 256)
+    before, after = weights(start), weights(tmp_path / "out")
+    moved = {name: (after[name] - before[name]).abs().max() / sum(rates) for name in before}
+    # A weight moves by about its rate in each step of Adam; layers 0 and 5 of 0 to 5.
+    first = moved["greenmim.embeddings.norm.bias"]
+    last = moved["decoder.decoder_pred.bias"]
+    assert 0.9**5 * 0.8 < first < 0.9**5 * 1.2 and 0.8 < last < 1.2
 
 
 def test_many_labelled_images_take_the_published_recipe():

@@ -496,7 +496,7 @@ def test_going_on_from_weights_with_a_teacher(data):
         (("--target", "teacher", "--teacher", "x", "--loss_on", "all"), "`loss_on` is 'all', but with `teacher_mode`"),
         (("--target", "teacher", "--teacher", "x", "--teacher_crops", "2"), "`teacher_crops` is 2, but without"),
         (("--teacher_mode", "guess"), "`teacher_mode` is 'guess'; it must be one of align, predict"),
-        (("--recipe", "nope"), "`recipe` is 'nope'; it must be one of teacher-align, teacher-predict"),
+        (("--recipe", "nope"), "`recipe` is 'nope'; it must be one of teacher-align, teacher-predict, continue, auto"),
         (("--mask_strategy", "attentive"), "`mask_strategy` is 'attentive', but there is no `teacher`"),
         (
             ("--config_overrides", f"{OVERRIDES},reconstruction_target=features,target_width=5"),

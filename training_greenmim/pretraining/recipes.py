@@ -4,7 +4,11 @@
 import math
 from pathlib import Path
 
+from modeling_greenmim import GreenMIMConfig
+
+from ..runs.arguments import MIMTrainingArguments
 from ..runs.auto import Choice, Facts, shared_choices
+from ..runs.models import changed_config, read_config
 
 
 # Settings of a teacher's targets where they differ from those of pixels; see docs/pre-training.md for their sources.
@@ -13,6 +17,10 @@ RECIPES = {
     "teacher-align": {**_TEACHER, "teacher_mode": "align", "mask_ratio": 0.7},
     "teacher-predict": {**_TEACHER, "teacher_mode": "predict", "mask_ratio": 0.75},
 }
+# Base rates from scratch of models as small as `auto` makes them for a CPU: so many channels in the last stage.
+SMALL_WIDTH, SMALL_RATE, SMALL_RATE_TAUGHT = 192, 8e-3, 6e-3
+# Going on: share of the rate from scratch, factor of the rate from layer to layer, share of steps that warm up.
+SHARE_ON, DECAY_ON, WARMUP_ON = 0.5, 0.9, 0.01
 # The batch that rates of small models are for, and up to how many images the features of a teacher are kept.
 BATCH, FITS_CACHED = 64, 20_000
 # Least epochs and steps; see docs/recipes.md.
@@ -28,14 +36,21 @@ def recipe_defaults(chosen: dict) -> dict:
         chosen: all arguments as given, with their defaults.
 
     Raises:
-        `ValueError`: for an unknown recipe.
+        `ValueError`: for an unknown recipe, and for `continue` without a model to go on from.
     """
     name = chosen["recipe"]
     if name is None:
         return {}
-    if name not in RECIPES:
-        raise ValueError(f"`recipe` is {name!r}; it must be one of {', '.join((*RECIPES, 'auto'))}.")
-    return RECIPES[name]
+    if name in RECIPES:
+        return RECIPES[name]
+    if name != "continue":
+        raise ValueError(f"`recipe` is {name!r}; it must be one of {', '.join((*RECIPES, 'continue', 'auto'))}.")
+    if not chosen["model_name_or_path"]:
+        raise ValueError("`recipe` is 'continue', but there is nothing to go on from: give `model_name_or_path`.")
+    values = {argument: choice.value for argument, choice in _going_on(chosen).items()}
+    if chosen["learning_rate"] is not None:
+        del values["base_learning_rate"]
+    return values
 
 
 def auto(facts: Facts, chosen: dict) -> dict[str, Choice]:
@@ -56,6 +71,8 @@ def auto(facts: Facts, chosen: dict) -> dict[str, Choice]:
     choices = _taught(facts, chosen) if chosen["teacher"] else {}
     if not has_model:
         choices |= _for_gpu(facts) if facts.gpu_memory else _for_cpu(facts, is_taught=bool(chosen["teacher"]))
+    if chosen["model_name_or_path"]:
+        choices |= _going_on(chosen)
     choices["per_device_train_batch_size"] = _batch(facts)
     if chosen["max_steps"] <= 0:
         steps = math.ceil(facts.count / choices["per_device_train_batch_size"].value)
@@ -103,6 +120,29 @@ def _taught(facts: Facts, chosen: dict) -> dict[str, Choice]:
     return choices
 
 
+def _going_on(chosen: dict) -> dict[str, Choice]:
+    if _is_small(chosen["model_name_or_path"], chosen["config_overrides"]):
+        rate = SMALL_RATE_TAUGHT if chosen["teacher"] else SMALL_RATE
+    else:
+        rate = MIMTrainingArguments.default_base_learning_rate
+    return {
+        "base_learning_rate": Choice(
+            SHARE_ON * rate, f"{SHARE_ON:g} times the {rate:g} from scratch: what is learned"
+        ),
+        "layer_decay": Choice(DECAY_ON, "layers near the pixels change less than the decoder"),
+        "warmup_steps": Choice(WARMUP_ON, "weights that are trained need little warm-up"),
+    }
+
+
+def _is_small(name: str, overrides: str | None) -> bool:
+    """Whether a model is as small as those that `auto` makes for a CPU; weights of others are not."""
+    values = {} if Path(name).is_file() else read_config(name, "model_name_or_path")
+    if values.get("model_type") != GreenMIMConfig.model_type:
+        return False
+    config = changed_config(values, overrides, None, f"`model_name_or_path` is {name!r}")
+    return config.hidden_size <= SMALL_WIDTH
+
+
 def _for_cpu(facts: Facts, is_taught: bool) -> dict[str, Choice]:
     patch = 8 if facts.side >= 96 else 4
     unit = 2 * patch
@@ -115,7 +155,7 @@ def _for_cpu(facts: Facts, is_taught: bool) -> dict[str, Choice]:
     )
     if facts.is_grey:
         shape += ",num_channels=1"
-    rate = 6e-3 if is_taught else 8e-3
+    rate = SMALL_RATE_TAUGHT if is_taught else SMALL_RATE
     return {
         "config_name": Choice("tiny", "what config_overrides change"),
         "config_overrides": Choice(shape, "a model for a CPU: two stages, images of at most 128 px"),
