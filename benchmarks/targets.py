@@ -91,6 +91,7 @@ class Data:
         overrides: of the model's configuration; studies add to them.
         views: flags of the views whose features are kept.
         evaluation: flags of run_mim.py for what is measured at the end.
+        studies: patterns of the folders of pre-trained models.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Data:
     overrides: str = ""
     views: list[str] = field(default_factory=list)
     evaluation: list[str] = field(default_factory=list)
+    studies: tuple[str, ...] = ()
 
 
 def elpv() -> Data:
@@ -118,6 +120,7 @@ def elpv() -> Data:
         metric="eval_roc_auc",
         title="ROC AUC",
         teacher_size=128,
+        studies=("elpv-*", "pretraining-*"),  # the second of recipes.py
     )
 
 
@@ -147,6 +150,7 @@ def photographs(args) -> Data:
         overrides=shape,
         views=CROPS,
         evaluation=["--do_eval", "--probe_dir", str(judged)],
+        studies=("photographs-*",),
     )
 
 
@@ -336,7 +340,8 @@ def study_of_monitors(args) -> list[str]:
     ]
     lines.append("| --- " * 5 + "|")
     for data in (elpv(), photographs(args)):
-        folders = [path.parent for path in args.output_dir.glob(f"{data.name}-*/all_results.json")]
+        results = [path for pattern in data.studies for path in args.output_dir.glob(f"{pattern}/all_results.json")]
+        folders = [path.parent for path in results]
         found = [folder for folder in folders if list(args.output_dir.glob(f"judged/{folder.name}-finetuned-few-*"))]
         if len(found) < 5:  # too few to tell
             continue
