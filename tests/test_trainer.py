@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from training_greenmim.pretraining.trainer import MIMTrainer
 from training_greenmim.runs.arguments import MIMTrainingArguments, default_num_workers
 from training_greenmim.runs.checkpoints import last_checkpoint
 from training_greenmim.runs.curves import loss_curve
-from training_greenmim.runs.trainer import NonFiniteLossError
+from training_greenmim.runs.trainer import NonFiniteLossError, keep_single_precision
 
 
 # Layers of `tiny_config`, by what names of their parameters begin with.
@@ -679,3 +680,8 @@ def test_unreadable_images_are_counted_once_and_named_in_the_log(tmp_path, caplo
     trainer.train()
     assert trainer.state.log_history[-1]["unreadable_images"] == 1
     assert messages(caplog).count("broken-three.png") == 1
+
+
+def test_the_first_version_of_fsdp_is_refused():
+    with pytest.raises(ValueError, match="`fsdp_version` is 1; it must be 2, as in examples/accelerate/fsdp.yaml"):
+        keep_single_precision(FullyShardedDataParallelPlugin(fsdp_version=1))

@@ -45,7 +45,16 @@ NEVER = 2**62
 
 
 def keep_single_precision(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Makes FSDP2 sum gradients in single precision and return losses as they are; accelerate's bf16 rounds both."""
+    """Makes FSDP2 sum gradients in single precision and return losses as they are; accelerate's bf16 rounds both.
+
+    Raises:
+        `ValueError`: for FSDP1, whose flat parameters leave no part of a model to look at while it trains.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"`fsdp_version` is {plugin.fsdp_version}; it must be 2, as in examples/accelerate/fsdp.yaml: version 1"
+            " keeps no layer that monitors and rates by layer could find."
+        )
     policy = plugin.mixed_precision_policy
     if isinstance(policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32, output_dtype=None)
