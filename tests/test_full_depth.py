@@ -470,3 +470,26 @@ def test_tiles_and_pages_are_images_in_both_scripts(tmp_path):
     lines = (classify(tmp_path / "classifier", *both, *more) / "predictions.csv").read_text().splitlines()[1:]
     names = [line.split(",")[0].strip('"') for line in lines]
     assert len(names) == 2 * 2 * 6 and str(folder / "a" / "scan.tif#box=0,0,32,32").startswith(names[0])
+
+
+@pytest.mark.slow
+def test_columns_of_arrays_are_images_in_both_scripts(tmp_path):
+    values = [values_of(4, 40, 48, seed=seed) for seed in range(8)]
+    features = {"bands": datasets.Array3D((40, 48, 4), "uint16"), "label": datasets.ClassLabel(names=["a", "b"])}
+    table = {"bands": values, "label": [number % 2 for number in range(8)]}
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        made = datasets.Dataset.from_dict(table, features=datasets.Features(features))
+        made.to_parquet(str(tmp_path / "data" / f"{split}.parquet"))
+    both = ["--dataset_name", tmp_path / "data", "--do_train", "--do_eval", "--decode_once", "true"]
+    changes = f"{OVERRIDES},num_channels=4"
+    output = run(tmp_path / "pre", *both, "--config_name", "tiny", "--max_steps", 2, overrides=changes)
+    ranges = AutoImageProcessor.from_pretrained(output).image_range
+    everything = np.stack(values).reshape(-1, 4)
+    assert np.allclose(ranges, np.percentile(everything, (0.1, 99.9), axis=0).T, rtol=0.05, atol=5)
+    more = ["--model_name_or_path", output, "--num_train_epochs", 1, "--do_predict"]
+    lines = (classify(tmp_path / "classifier", *both, *more) / "predictions.csv").read_text().splitlines()
+    assert len(lines) == 9
+    more = ["--dataset_name", tmp_path / "data", "--mode", "embed", "--do_predict", "--model_name_or_path", output]
+    found = datasets.Dataset.from_parquet(str(classify(tmp_path / "features", *more) / "embeddings" / "*.parquet"))
+    assert len(found) == 16 and found[0]["image"] == "image 0"

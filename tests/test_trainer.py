@@ -683,5 +683,5 @@ def test_unreadable_images_are_counted_once_and_named_in_the_log(tmp_path, caplo
 
 
 def test_the_first_version_of_fsdp_is_refused():
-    with pytest.raises(ValueError, match="`fsdp_version` is 1; it must be 2, as in examples/accelerate/fsdp.yaml"):
+    with pytest.raises(ValueError, match=r"`fsdp_version` is 1; it must be 2, as in examples/accelerate/fsdp\.yaml"):
         keep_single_precision(FullyShardedDataParallelPlugin(fsdp_version=1))

@@ -18,7 +18,7 @@ from modeling_greenmim import GreenMIMForImageClassification
 
 from ..data.image_dataset import EveryImage
 from ..data.images import image_name
-from ..data.readers import LABEL, fingerprint_of_files
+from ..data.readers import ARRAYS, LABEL, fingerprint_of_files
 from ..pretraining.pictures import drawn_channels, picture_grid
 from ..runs.models import weights_checksum
 from ..runs.processes import on_main_process
@@ -148,6 +148,8 @@ def _write(trainer: EmbeddingTrainer, dataset: EveryImage, indices: range, outpu
 
 
 def _names(dataset: EveryImage, indices: list[int]) -> list[str]:
+    if isinstance(dataset.records.features[dataset.column], ARRAYS):
+        return [f"image {index}" for index in indices]
     # The names alone: encoded images beside them are not read.
     column = f"{dataset.column}.path"
     paths = dataset.records.select_columns([dataset.column]).flatten().select_columns([column]).select(indices)[column]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from modeling_greenmim.array_image import at_full_depth
+from modeling_greenmim.array_image import ArrayImage, at_full_depth
 from modeling_greenmim.pixels import to_8_bit
 
 from .formats import open_file
@@ -34,7 +34,7 @@ def open_image(source) -> Image.Image:
     Args:
         source: a file name, an address such as `zip://member.png::photos.zip`, encoded bytes, a record {"path",
             "bytes"} of `datasets`, or an image, which is returned. Names may end with a part of the file (`parts.py`),
-            which is decoded if it is a box of what Pillow reads.
+            which is decoded if it is a box of what Pillow reads. Arrays are images too.
 
     Returns:
         Pillow's image of what it holds in full, an `ArrayImage` of all else: more than 8 bits a value in TIFF, any
@@ -42,6 +42,8 @@ def open_image(source) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return source
+    if isinstance(source, np.ndarray):
+        return ArrayImage(source)
     if isinstance(source, dict):
         source = source["path"] if source.get("bytes") is None else source["bytes"]
     if isinstance(source, bytes):

@@ -35,6 +35,9 @@ LABEL = "label"
 # How many images a start may find unreadable before it gives up looking for a readable one in a stream.
 FIRST_READABLE_WITHIN = 1000
 
+# Columns of pixels, `(height, width)` or `(height, width, channels)`.
+ARRAYS = (datasets.Array2D, datasets.Array3D)
+
 # Part of the name of decoded files: to be raised when `decode` changes, so that older files are not used.
 DECODING = 2
 # Decoded images that are held in memory at once, and joined to one array, which holds less than 2 GB.
@@ -243,7 +246,7 @@ def find_image_column(records, name: str | None) -> str:
         if name not in features:
             raise ValueError(f"`image_column_name` is {name!r}, but the data set has the columns {list(features)}.")
         return name
-    images = [column for column, feature in features.items() if isinstance(feature, ImageFeature)]
+    images = [column for column, feature in features.items() if isinstance(feature, (ImageFeature, *ARRAYS))]
     # Streams of WebDataset shards name their columns after the files' suffixes.
     images = images or [column for column in features if column in ("image", "img", "jpg", "jpeg", "png", "webp")]
     if len(images) != 1:
@@ -265,6 +268,10 @@ def undecoded(records, column: str, *others: str):
         or isinstance(feature, (ImageFeature, dict))
         or getattr(feature, "dtype", None) in ("string", "binary")
     )
+    if isinstance(feature, ARRAYS):
+        return records.select_columns([column, *others]).with_format(
+            "numpy", columns=[column], output_all_columns=True
+        )
     if not is_image:
         raise ValueError(f"`image_column_name` is {column!r}, a column of {feature}; images are needed.")
     return records.select_columns([column, *others]).cast_column(column, ImageFeature(decode=False))
@@ -286,6 +293,8 @@ def decoded_once(records: datasets.Dataset, column: str, channels: int | None = 
         except UnreadableImageError:
             return record
 
+    if isinstance(records.features[column], ARRAYS):  # there is nothing to decode
+        return records
     fingerprint = fingerprint_of_files(records, column) + (f"-{channels}" if channels else "")
     folder = os.path.join(datasets_cache_folder(), "greenmim-decoded")
     os.makedirs(folder, exist_ok=True)
@@ -303,6 +312,8 @@ def decoded_once(records: datasets.Dataset, column: str, channels: int | None = 
 def fingerprint_of_files(records: datasets.Dataset, column: str) -> str:
     """Changes with the records, with the sizes and times of the files that they name, and with `DECODING`."""
     digest = hashlib.sha256(f"{DECODING} {datasets_fingerprint(records)} {column}".encode())
+    if isinstance(records.features[column], ARRAYS):  # which the records hold
+        return digest.hexdigest()[:32]
     # The names alone: encoded images beside them are not read.
     name = f"{column}.path"
     for path in records.select_columns([column]).flatten().select_columns([name])[name]:
