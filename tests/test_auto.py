@@ -44,7 +44,7 @@ def facts(count: int, **changes) -> Facts:
             "count": count,
             "decoded": 0.1,
             "side": 300,
-            "is_grey": False,
+            "channels": 3,
             "gpu_memory": None,
             "has_bf16": False,
             **changes,
@@ -91,7 +91,7 @@ def test_images_are_counted_and_measured(tmp_path):
     noise_image(0, 90, 70).save(tmp_path / "larger.png")
     noise_image(0, 100, 120).save(tmp_path / "largest.png")
     found = look(tmp_path)
-    assert (found.count, found.side, found.is_grey, found.gpu_memory) == (5, 40, False, None)
+    assert (found.count, found.side, found.channels, found.gpu_memory) == (5, 40, 3, None)
     assert found.decoded == pytest.approx((3 * 48 * 40 + 90 * 70 + 100 * 120) * 3 / 1e9)
     assert look(tmp_path, max_train_samples=2).count == 2
     assert look(tmp_path, do_eval=True).count == 3  # two are held out
@@ -104,9 +104,11 @@ def test_grey_images_are_noticed(tmp_path, mode):
         pixels = np.random.default_rng(index).integers(0, 255, (20, 30))
         image = Image.fromarray(pixels.astype("uint16" if mode == "I;16" else "uint8"))
         (image if mode == "I;16" else image.convert(mode)).save(tmp_path / f"{index}.png")
-    assert look(tmp_path).is_grey
+    assert look(tmp_path).channels == 1
     noise_image(9).save(tmp_path / "coloured.png")
-    assert not look(tmp_path).is_grey
+    assert look(tmp_path).channels == 3
+    np.save(tmp_path / "bands.npy", np.zeros((40, 40, 5), np.uint16))
+    assert look(tmp_path).channels == 5
 
 
 def test_broken_images_are_passed_over_unless_all_are(tmp_path):
@@ -146,13 +148,13 @@ def test_few_labelled_images_are_seen_more_often(count, epochs):
 
 @pytest.mark.parametrize("side", [8, 33, 64, 95, 96, 127, 128, 3000])
 @pytest.mark.parametrize("teacher", [None, "teacher"])
-@pytest.mark.parametrize("is_grey", [False, True])
-def test_models_for_a_cpu_fit_the_images(side, teacher, is_grey):
-    choices = pretraining.auto(facts(500, side=side, is_grey=is_grey), chosen(teacher=teacher))
+@pytest.mark.parametrize("channels", [1, 3, 13])
+def test_models_for_a_cpu_fit_the_images(side, teacher, channels):
+    choices = pretraining.auto(facts(500, side=side, channels=channels), chosen(teacher=teacher))
     config = build_config(choices["config_name"].value, choices["config_overrides"].value)
     # No larger than the images, unless these are tiny; at least 16 units to mask.
     assert config.image_size <= max(32, min(side, 128)) and config.unit_grid[0] * config.unit_grid[1] >= 16
-    assert config.num_channels == (1 if is_grey else 3)
+    assert config.num_channels == channels
     output = GreenMIMForPreTraining(config)(torch.randn(2, config.num_channels, *config.image_height_and_width))
     assert torch.isfinite(output.loss)
 

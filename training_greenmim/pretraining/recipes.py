@@ -153,8 +153,8 @@ def _for_cpu(facts: Facts, is_taught: bool) -> dict[str, Choice]:
         "decoder_hidden_size=128,decoder_num_hidden_layers=2,decoder_num_attention_heads=4,"
         "decoder_intermediate_size=512"
     )
-    if facts.is_grey:
-        shape += ",num_channels=1"
+    if facts.channels != 3:
+        shape += f",num_channels={facts.channels}"
     rate = SMALL_RATE_TAUGHT if is_taught else SMALL_RATE
     return {
         "config_name": Choice("tiny", "what config_overrides change"),
@@ -167,6 +167,7 @@ def _for_gpu(facts: Facts) -> dict[str, Choice]:
     name = "tiny" if facts.count < 20_000 else "small" if facts.count < 200_000 else "base"
     reason = "tiny up to 20,000 images, small up to 200,000, then base; not measured here"
     choices = {"config_name": Choice(name, reason)}
-    if facts.is_grey:
-        choices["config_overrides"] = Choice("num_channels=1", "all images that were looked at are grey")
+    if facts.channels != 3:
+        reason = f"the images that were looked at have {facts.channels} channel(s)"
+        choices["config_overrides"] = Choice(f"num_channels={facts.channels}", reason)
     return choices

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from modeling_greenmim.array_image import ArrayImage
+
 from ..data.images import UnreadableImageError, open_image
 from ..data.readers import DataSource, find_image_column, read_records, undecoded
 
@@ -42,7 +44,7 @@ class Facts:
         count: images to train on, those less that are held out to evaluate on.
         decoded: gigabytes that they take once decoded, about.
         side: median of the shorter sides of some of them, in pixels.
-        is_grey: whether these have one channel.
+        channels: of these, the most; 8-bit images of Pillow have 1 or 3.
         gpu_memory: of the first CUDA device in GB; None without, or where the CPU is asked for.
         has_bf16: whether a CPU without such a device computes in bf16 without emulating it.
     """
@@ -50,7 +52,7 @@ class Facts:
     count: int
     decoded: float
     side: int
-    is_grey: bool
+    channels: int
     gpu_memory: float | None
     has_bf16: bool
 
@@ -90,7 +92,7 @@ def look_at(chosen: dict, labelled: bool) -> Facts | None:
         count=count,
         decoded=count * size / 1e9,
         side=round(statistics.median(min(image.size) for image in images)),
-        is_grey=all(image.mode in GREY_MODES for image in images),
+        channels=max(_channels(image) for image in images),
         gpu_memory=torch.cuda.get_device_properties(0).total_memory / 1e9 if on_gpu else None,
         has_bf16=bool(torch.cpu.get_capabilities().get("amx_bf16")),
     )
@@ -102,6 +104,12 @@ def _some_images(sources):
             yield open_image(sources[int(index)])
         except (OSError, UnreadableImageError):
             continue  # training tells of these
+
+
+def _channels(image) -> int:
+    if isinstance(image, ArrayImage):
+        return image.channels
+    return 1 if image.mode in GREY_MODES else 3
 
 
 def shared_choices(facts: Facts) -> dict[str, Choice]:
@@ -155,7 +163,7 @@ class Recipe:
         """
         if self.facts is None:
             return
-        kind = "grey images" if self.facts.is_grey else "images"
+        kind = {1: "grey images", 3: "images"}.get(self.facts.channels, f"images of {self.facts.channels} channels")
         logger.info(f"--recipe auto: {self.facts.count} {kind}, shorter side about {self.facts.side} px, stands for")
         for name, (value, reason) in self.choices.items():
             holder = next(one for one in arguments if hasattr(one, name))
