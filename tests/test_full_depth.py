@@ -416,6 +416,7 @@ def test_many_channels_from_pre_training_to_a_classifier_in_pipelines_and_onnx(c
     run(output, *both, *more, overrides=f"{OVERRIDES},num_channels={channels}")
     processor = AutoImageProcessor.from_pretrained(output)
     assert len(processor.image_range) == channels and processor.image_range[0][1] < processor.image_range[3][1]
+    assert f"| values | {channels} channel(s) in full depth: " in (output / "README.md").read_text()
     picture = np.asarray(Image.open(next((output / "reconstructions").glob("*.png"))))
     assert picture.ndim == 3 and picture.std() > 10
     classify(classifier, *both, "--model_name_or_path", output, "--num_train_epochs", 2)

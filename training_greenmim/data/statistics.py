@@ -203,8 +203,8 @@ def _statistics(part: Part, column: str, channels: int, setting: StatisticsSetti
         raise _constant(part, channel, f"no values within its range {image_range[channel]}")
     logger.info(
         f"`{part.argument}`: {types.total():,} images of {', '.join(types)} measured in"
-        f" {time.perf_counter() - start:.0f} s; by channel, range {_short(image_range)}, in it mean"
-        f" {_short(found.mean)} and standard deviation {_short(found.std)}"
+        f" {time.perf_counter() - start:.0f} s; by channel, range {in_short(image_range)}, in it mean"
+        f" {in_short(found.mean)} and standard deviation {in_short(found.std)}"
     )
     return found
 
@@ -278,7 +278,7 @@ def _for_each(numbers: list, channels: int, name: str) -> list:
     return numbers * channels if len(numbers) == 1 else numbers
 
 
-def _short(numbers: list) -> str:
-    """A few numbers, or the first of many."""
+def in_short(numbers: list) -> str:
+    """A few numbers or pairs of them, or the first of many."""
     text = ", ".join("-".join(f"{edge:.4g}" for edge in np.atleast_1d(number)) for number in numbers[:4])
     return f"{text}, ..." if len(numbers) > 4 else text

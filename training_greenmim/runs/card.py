@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..data.statistics import in_short
 from .curves import loss_curve
 from .energy import CO2
 from .extras import is_installed
@@ -116,6 +117,18 @@ def _optimization(trainer) -> dict:
     }
 
 
+def _values(image_processor) -> dict:
+    """How values are scaled that are not of 8 bits, or not by ImageNet's numbers."""
+    if getattr(image_processor, "image_range", None) is None:
+        return {}
+    channels = f"{len(image_processor.image_range)} channel(s) in full depth"
+    nodata = "" if image_processor.nodata is None else f"; {image_processor.nodata:g} stands for no data"
+    return {
+        "values": f"{channels}: {in_short(image_processor.image_range)} become 0 to 1{nodata}; pipelines take what"
+        " `open_image` of the image processor opens"
+    }
+
+
 def _pretraining_recipe(trainer) -> dict:
     args, config = trainer.args, trainer.model.config
     height, width = config.image_height_and_width
@@ -123,6 +136,7 @@ def _pretraining_recipe(trainer) -> dict:
         "encoder": f"embed_dim {config.embed_dim}, depths {config.depths}, heads {config.num_heads},"
         f" window {config.window_size}",
         "image size": f"{height}x{width} px, patches of {config.patch_size} px",
+        **_values(trainer.processing_class),
         "masks": f"{args.mask_strategy}, ratio {config.mask_ratio}, one per"
         f" {'image' if args.mask_per_sample else 'step and process'}",
         "target": trainer.model.target.description,
@@ -137,6 +151,7 @@ def _classification_recipe(trainer) -> dict:
     names = ("min_crop_scale", "rand_augment", "color_jitter", "random_erasing", "mixup", "cutmix")
     names += ("label_smoothing_factor", "repeated_augmentation", "ema_decay", "balance", "max_grad_norm")
     return {
+        **_values(trainer.processing_class),
         "optimizer": "LARS" if args.lars else f"AdamW, betas {args.adam_beta1}/{args.adam_beta2}",
         **_optimization(trainer),
         "drop_path_rate": getattr(trainer.model.config, "drop_path_rate", 0),
