@@ -120,10 +120,12 @@ def main() -> None:
     parser.add_argument(
         "--scratch_seeds", type=int, default=3, help="runs from scratch of each size in the study auto"
     )
+    parser.add_argument("--first", type=int, help="compare only so many rows of the study pretraining")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/recipe-studies"))
     args = parser.parse_args()
-    args.teacher = args.first = None
+    args.teacher = None
     minutes = f" --minutes {args.minutes:g}" if args.study == "pretraining" else ""
+    minutes += f" --first {args.first}" if args.first else ""
     text = (
         f"ROC AUC in %, mean and standard deviation over the seeds {list(SEEDS)} of fine-tuning, one pre-training"
         " each; one thread of a processor with bf16 units. Made by"

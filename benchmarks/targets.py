@@ -371,6 +371,10 @@ STUDENT_TIME = (
     "Time on one thread beside other work, without that of the teacher's features for eight views of each "
     "photograph, some 20 minutes once. "
 )
+MONITORED = (
+    "Of ELPV the models of [elpv-targets](elpv-targets.md) and [recipes-pretraining](recipes-pretraining.md),"
+    " pre-trained in different ways. The monitors are those of each run's last evaluation. "
+)
 CONDITIONS = (
     "The teacher is EfficientNet-Lite0 with ImageNet weights. ELPV: the model of `make pretrain` (1.3 M "
     "parameters, 128 px), 197 of 1,968 labels, 20 epochs (all labels: 8), tested on 656 photographs; the "
@@ -408,7 +412,10 @@ def main() -> None:
         parser.error(f"--teacher is {str(args.teacher)!r}, which is no model; see the first lines of --help.")
     command = f"python benchmarks/targets.py {args.study} --minutes {args.minutes:g}"
     command += f" --first {args.first}" if args.first else ""
-    time_of = STUDENT_TIME if args.study == "photographs-targets" else EQUAL_TIME.format(minutes=args.minutes)
+    times = {"photographs-targets": STUDENT_TIME, "monitors": MONITORED}
+    time_of = times.get(args.study, EQUAL_TIME.format(minutes=args.minutes))
+    if args.study == "monitors":
+        command = "python benchmarks/targets.py monitors"
     write_page(args, STUDIES[args.study], args.study, f"{time_of}{CONDITIONS}Made by `{command}`.")
 
 
