@@ -49,7 +49,13 @@ from training_greenmim.data.readers import (
     decoded_once,
     read_records,
 )
-from training_greenmim.data.statistics import StatisticsSetting, depth_of, keep_statistics, set_statistics
+from training_greenmim.data.statistics import (
+    StatisticsSetting,
+    check_values,
+    depth_of,
+    keep_statistics,
+    set_statistics,
+)
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
 from training_greenmim.runs.arguments import (
     ClassificationTrainingArguments,
@@ -335,6 +341,7 @@ def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, c
     evaluated = evaluation_transform(args, config, image_processor)
     for part in parts.parts():
         check_first_readable(part.records, "image", evaluated, part.argument)
+        check_values(part, "image", evaluated.channels, image_processor)
 
     def every_image(part: Part | None) -> EveryImage | None:
         if part is None:
@@ -475,6 +482,7 @@ def embed(model_args: ModelArguments, data_args: DataArguments, args: Classifica
     for name, part in parts.items():
         records = labels.prepare(part.records, part.argument, *columns, may_lack_labels=True)
         check_first_readable(records, "image", transform, part.argument)
+        check_values(Part(records, part.argument), "image", transform.channels, image_processor)
         label = labels.LABEL if labels.LABEL in records.features else None
         images = EveryImage(records, "image", transform, args.seed, label)
         paths = save_embeddings(trainer, images, name)

@@ -32,7 +32,7 @@ from training_greenmim.data.readers import (
     read_records,
     undecoded,
 )
-from training_greenmim.data.statistics import depth_of, keep_statistics, set_statistics
+from training_greenmim.data.statistics import check_values, depth_of, keep_statistics, set_statistics
 from training_greenmim.data.streams import ImageStream
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
 from training_greenmim.pretraining.recipes import RECIPES, auto, recipe_defaults
@@ -226,7 +226,9 @@ def build_datasets(
         else:
             train_dataset = ImageDataset(train, column, TrainTransform(size, channels, scale, depth), args.seed)
     if args.do_eval:
-        check_first_readable(validation, column, evaluated, "validation_dir" if data.validation_dir else argument)
+        evaluation_argument = "validation_dir" if data.validation_dir else argument
+        check_first_readable(validation, column, evaluated, evaluation_argument)
+        check_values(Part(validation, evaluation_argument), column, channels, image_processor)
         dataset_class = ImageStream if data.streaming else ImageDataset
         eval_dataset = dataset_class(validation, column, evaluated, args.seed)
     return train_dataset, eval_dataset
@@ -247,6 +249,7 @@ def build_probe(
         records = load_class_folders(data.probe_dir, "probe_dir", DataSource.of(data))
         labels.check_classes(records, "probe_dir")
         check_first_readable(records, "image", transform, "probe_dir")
+        check_values(Part(records, "probe_dir"), "image", config.num_channels, image_processor)
     else:
         records = labelled_records(evaluation, data)
     if records is None:

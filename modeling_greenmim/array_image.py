@@ -96,7 +96,9 @@ def at_full_depth(image: Image.Image, channels: int) -> ArrayImage:
     if image.info.get("alpha") and image.channels == channels + 1:
         image = ArrayImage(np.asarray(image)[..., :channels])
     if image.channels != channels and (image.channels, channels) != (1, 3):
-        raise ValueError(f"it has {image.channels} channel(s), but the model takes {channels}")
+        raise ValueError(
+            f"it has {image.channels} channel(s), but the model takes {channels}; arrays are (height, width, channels)"
+        )
     return image
 
 
@@ -137,8 +139,11 @@ class FullDepth:
         """
         image = at_full_depth(image, len(self.image_range))
         highest = max(high for _, high in self.image_range)
-        if image.dtype == np.uint8 and highest > 255:
-            raise ValueError(f"it has 8 bits, but `image_range` goes up to {highest:g}")
+        if image.dtype == np.uint8 and not 1 < highest <= 255:
+            raise ValueError(
+                f"it has 8 bits, but `image_range` goes up to {highest:g}. Pipelines cut files to 8 bits: give them"
+                " what `open_image` of the image processor opens, or arrays"
+            )
         values = crop_and_resize(image, box, size, self.nodata)
         low, high = (np.array(edge, np.float32)[:, None, None] for edge in zip(*self.image_range))
         return ((values - low) / (high - low)).clip(0, 1)

@@ -36,7 +36,7 @@ class GreenMIMImageProcessorPil(ViTImageProcessorPil):
 
     Args:
         image_range: `[low, high]` of each channel: what becomes 0 and 1.
-        nodata: the value that stands for none; like values that are not finite it becomes the mean, 0.
+        nodata: the value that stands for none; like values that are not finite it becomes 0, as `low` does.
         crop_pct: share of the largest central crop that is resized; None resizes the whole image.
         kwargs: those of ViT's.
     """
@@ -54,6 +54,8 @@ class GreenMIMImageProcessorPil(ViTImageProcessorPil):
         """
         if isinstance(source, np.ndarray):
             source = ArrayImage(source)
+        elif isinstance(source, (str, PathLike)) and str(source).endswith(".npy"):
+            source = ArrayImage(np.load(source, mmap_mode="r"))
         image = source if isinstance(source, Image.Image) else Image.open(source)
         image = ImageOps.exif_transpose(image)
         return to_8_bit(image) if self.image_range is None else at_full_depth(image, len(self.image_range))
@@ -89,7 +91,7 @@ class GreenMIMImageProcessorPil(ViTImageProcessorPil):
             box = center_crop_box(*image.size, size.width / size.height, crop_pct) if crop_pct else box
         values = FullDepth(image_range, nodata).crop(image, box, shape)
         mean, std = (np.array(number, np.float32)[:, None, None] for number in (image_mean, image_std))
-        return (np.where(np.isnan(values), mean, values) - mean) / std
+        return (np.nan_to_num(values, nan=0.0) - mean) / std
 
     def to_dict(self) -> dict:
         """Values to save, without the name of this class: `auto_map` of the model's configuration has it.

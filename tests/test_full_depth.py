@@ -15,6 +15,7 @@ from skimage.measure import block_reduce
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 from transformers.image_utils import load_image as load_for_pipelines
 
+import run_mim
 from modeling_greenmim import (
     GreenMIMForImageClassification,
     GreenMIMForPreTraining,
@@ -30,11 +31,11 @@ from training_greenmim.classification.models import as_evaluated
 from training_greenmim.data.images import UnreadableImageError, load_image, open_image
 from training_greenmim.data.readers import Part
 from training_greenmim.data.scaling import scaling_of
-from training_greenmim.data.statistics import StatisticsSetting, depth_of, set_statistics
+from training_greenmim.data.statistics import StatisticsSetting, check_values, depth_of, set_statistics
 from training_greenmim.data.transforms import EvalTransform, TrainTransform
 from training_greenmim.pretraining.pictures import picture_grid
 from training_greenmim.randomness import derived_generator
-from training_greenmim.runs.arguments import MIMTrainingArguments
+from training_greenmim.runs.arguments import MIMTrainingArguments, parse_arguments
 
 
 def values_of(channels: int, height: int = 40, width: int = 48, seed: int = 0, dtype=np.uint16) -> np.ndarray:
@@ -53,6 +54,9 @@ def processor_of(channels: int, size=(32, 32), **changes) -> GreenMIMImageProces
         image_range=[[10, 900 + 300 * channel] for channel in range(channels)],
         **changes,
     )
+
+
+REQUIRED = ["--output_dir", "unused", "--report_to", "none"]
 
 
 class Recording:
@@ -314,7 +318,62 @@ def test_settings_that_say_nothing_are_refused(text):
         StatisticsSetting.of(text, None)
 
 
+def test_the_no_data_value_of_single_precision_is_found():
+    lowest = float(np.finfo(np.float32).min)
+    images = [ArrayImage(values_of(1, seed=seed, dtype=np.float32)) for seed in range(4)]
+    expected, _ = measured(images, 1)
+    for image in images:
+        image.values = image.values.copy()
+        image.values[::2] = lowest
+    found, _ = measured(images, 1, nodata=lowest)
+    assert np.allclose(found.image_range, expected.image_range, atol=10)
+    parsed = parse_arguments((run_mim.DataArguments, MIMTrainingArguments), ["--nodata", str(lowest), *REQUIRED])
+    assert parsed[0].nodata == lowest
+
+
+def test_a_value_for_no_data_that_files_name_is_taken(tmp_path):
+    values = values_of(1, dtype=np.float32)[..., 0]
+    values[:10] = -9999
+    tifffile.imwrite(tmp_path / "scene.tif", values, extratags=[(42113, "s", 0, "-9999", True)])
+    processor, depth = measured([str(tmp_path / "scene.tif")], 1)
+    assert depth.nodata == -9999 and processor.image_range[0][0] >= 0
+
+
+def test_no_data_of_ones_own_joins_what_a_checkpoint_says():
+    _, depth = measured([ArrayImage(values_of(2))], 2, nodata=-5, processor=processor_of(2))
+    assert depth.nodata == -5
+    with pytest.raises(ValueError, match=r"`nodata` is -5, but the model was trained with 7\.0 for it"):
+        measured([ArrayImage(values_of(2))], 2, nodata=-5, processor=processor_of(2, nodata=7.0))
+
+
+def test_values_of_another_scale_are_refused_and_a_cut_to_8_bits_is_told(caplog):
+    images = [ArrayImage(values_of(2).astype(np.float32) / 4096)]
+    with pytest.raises(ValueError, match=r"`train_dir` has values of another scale .*: 100% of them lie outside"):
+        measured(images, 2, processor=processor_of(2))
+    part = Part(WithImages(None, [ArrayImage(values_of(1))]), "validation_dir")
+    check_values(part, "image", 1, build_image_processor(tiny_config(num_channels=1)))
+    assert "`validation_dir` has images of more than 8 bits, of which this model sees the upper byte" in messages(
+        caplog
+    )
+
+
 # Loss
+
+
+def test_gaps_do_not_make_gradients_explode():
+    scaling = scaling_of(processor_of(1), 1)
+    images = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    gaps = images.clone()
+    gaps[:, :, :16] = torch.nan
+    norms = []
+    for values in (images, gaps):
+        torch.manual_seed(0)
+        model = GreenMIMForPreTraining(tiny_config(num_channels=1)).eval()
+        noise = torch.rand(1, 16, generator=torch.Generator().manual_seed(1))
+        model(scaling(scaling.unit(values)), noise=noise, valid_pixels=~values.isnan()).loss.backward()
+        gradients = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+        norms.append(torch.stack(gradients).norm())
+    assert norms[1] < 10 * norms[0]
 
 
 def test_values_that_are_no_data_count_neither_in_targets_nor_in_the_loss():
@@ -417,6 +476,7 @@ def test_many_channels_from_pre_training_to_a_classifier_in_pipelines_and_onnx(c
     processor = AutoImageProcessor.from_pretrained(output)
     assert len(processor.image_range) == channels and processor.image_range[0][1] < processor.image_range[3][1]
     assert f"| values | {channels} channel(s) in full depth: " in (output / "README.md").read_text()
+    assert "`open_image(file_or_array)`" in (output / "README.md").read_text()
     picture = np.asarray(Image.open(next((output / "reconstructions").glob("*.png"))))
     assert picture.ndim == 3 and picture.std() > 10
     classify(classifier, *both, "--model_name_or_path", output, "--num_train_epochs", 2)

@@ -31,8 +31,12 @@ class PixelScaling(NamedTuple):
         return scaled if self.order == sorted(self.order) else scaled[..., self.order, :, :]
 
     def unit(self, images: torch.Tensor) -> torch.Tensor:
-        """Images of the data loader, uint8, or in [0, 1] with nan for no data, -> in [0, 1] with the mean for it."""
-        return images / 255 if images.dtype == torch.uint8 else torch.where(images.isnan(), self.mean, images)
+        """Images of the data loader, uint8, or in [0, 1] with nan for no data, -> in [0, 1] with 0 for it.
+
+        The mean, 0 once normalised, would make patches of equal values, whose layer normalisation has no gradient to
+        speak of but that of its epsilon: it explodes.
+        """
+        return images / 255 if images.dtype == torch.uint8 else torch.nan_to_num(images, nan=0.0)
 
     def to(self, device: torch.device) -> "PixelScaling":
         """The same on another device."""

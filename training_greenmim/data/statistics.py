@@ -5,7 +5,7 @@ import functools
 import itertools
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +30,11 @@ from .readers import Part
 logger = logging.get_logger(__name__)
 
 # Images that are measured, and of how many the headers tell whether all are 8-bit, grey or colour.
-MEASURED_IMAGES, SAMPLED_IMAGES = 10_000, 64
+MEASURED_IMAGES, MEASURED_OF_STREAM, SAMPLED_IMAGES = 10_000, 1000, 64
 # Values that are kept of all images and channels, and the side of the part of an image that they are drawn from.
 MEASURED_VALUES, PART = 2**22, 256
+# Values that are compared with a range that a model brings, of each image, and the share outside it that is refused.
+CHECKED_VALUES, MOST_OUTSIDE = 256, 0.9
 # Percentiles that become 0 and 1.
 PERCENTILES = (0.1, 99.9)
 # Modes of Pillow with more than 8 bits.
@@ -130,17 +132,32 @@ def set_statistics(
             )
         return None
     if setting.rule == AUTO and has_range:
-        return depth_of(image_processor)
-    if setting.rule == AUTO and setting.nodata is None and (not is_ours or (plain and not _are_deep(part, column))):
+        if None not in (setting.nodata, image_processor.nodata) and setting.nodata != image_processor.nodata:
+            raise ValueError(
+                f"`nodata` is {setting.nodata}, but the model was trained with {image_processor.nodata} for it."
+            )
+        if setting.nodata is not None:
+            image_processor.nodata = setting.nodata
+        check_values(part, column, channels, image_processor)
+        depth = depth_of(image_processor)
+        logger.info(f"Values are scaled as the checkpoint says: {in_short(list(depth.image_range))} become 0 to 1.")
+        return depth
+    are_deep = not plain or _are_deep(part, column)
+    if setting.rule == AUTO and setting.nodata is None and not (is_ours and are_deep):
+        if are_deep:
+            warn_of_cut(part)
         return None
     if not is_ours:
         raise ValueError(
             f"`image_statistics` is {setting.rule!r} and `nodata` is {setting.nodata}, which are for our models;"
             f" this one's image processor is a {type(image_processor).__name__}."
         )
+    if setting.nodata is None:
+        setting = replace(setting, nodata=_told_nodata(part, column))
     found = on_main_process(args, lambda: _statistics(part, column, channels, setting))
     image_processor.image_range, image_processor.nodata = [list(pair) for pair in found.image_range], setting.nodata
     image_processor.image_mean, image_processor.image_std = found.mean, found.std
+    image_processor.do_rescale = False  # by a factor: the range takes its place
     return depth_of(image_processor)
 
 
@@ -148,6 +165,7 @@ def carry_statistics(source, image_processor) -> None:
     """Gives an image processor of ours what another scales images by."""
     image_processor.image_mean, image_processor.image_std = source.image_mean, source.image_std
     image_processor.image_range, image_processor.nodata = source.image_range, source.nodata
+    image_processor.do_rescale = source.do_rescale
 
 
 def keep_statistics(checkpoint: str, image_processor) -> None:
@@ -166,16 +184,65 @@ def depth_of(image_processor) -> FullDepth | None:
     return FullDepth(tuple(tuple(pair) for pair in image_processor.image_range), image_processor.nodata)
 
 
+def warn_of_cut(part: Part) -> None:
+    """Tells that a model of 8 bits sees only a part of the values of its images."""
+    logger.warning(
+        f"`{part.argument}` has images of more than 8 bits, of which this model sees the upper byte: 12 bits in 16"
+        " keep 16 levels. A GreenMIM model that is trained on such images sees all of them."
+    )
+
+
+def check_values(part: Part, column: str, channels: int, image_processor) -> None:
+    """Compares values of some images with what an image processor was made for.
+
+    Raises:
+        `ValueError`: when nearly all values lie outside the range of the processor: their scale is another one.
+    """
+    depth = depth_of(image_processor)
+    if depth is None:
+        if channels in (1, 3) and _are_deep(part, column):
+            warn_of_cut(part)
+        return
+    draw, (low, high) = functools.partial(_draw, channels, CHECKED_VALUES, depth.nodata), np.array(depth.image_range).T
+    outside, count = 0, 0
+    for index, source in enumerate(_some(part.records, column, SAMPLED_IMAGES)):
+        try:
+            values, _ = load_image(source, draw, derived_generator(0, STATISTICS, index))
+        except UnreadableImageError:
+            continue  # evaluation tells of these
+        outside += int(((values < low) | (values > high)).sum())
+        count += int(np.isfinite(values).sum())
+    if count and outside > MOST_OUTSIDE * count:
+        raise ValueError(
+            f"`{part.argument}` has values of another scale than the model was trained on: {outside / count:.0%} of"
+            f" them lie outside its range, {in_short(list(depth.image_range))}. Bring them to that scale, or train"
+            " with `image_statistics` 'measure'."
+        )
+
+
 def _are_deep(part: Part, column: str) -> bool:
     """Whether the headers of some images tell that one of them is not 8-bit grey or colour."""
     for source in _some(part.records, column, SAMPLED_IMAGES):
         try:
             image = open_image(source)
-        except (OSError, ValueError, UnreadableImageError):
-            continue  # training tells of these
+        except Exception:  # whatever a decoder raises: training tells of these
+            continue
         if isinstance(image, ArrayImage) or image.mode[0] in DEEP:
             return True
     return False
+
+
+def _told_nodata(part: Part, column: str) -> float | None:
+    """The value that stands for none by the files themselves (GeoTIFF's tag), if they say so."""
+    for source in _some(part.records, column, SAMPLED_IMAGES):
+        try:
+            nodata = open_image(source).info.get("nodata")
+        except Exception:  # whatever a decoder raises: training tells of these
+            continue
+        if nodata is not None and np.isfinite(nodata):
+            logger.info(f"`{part.argument}`: the files say that {nodata:g} stands for no data.")
+            return nodata
+    return None
 
 
 def _some(records, column: str, count: int):
@@ -212,10 +279,10 @@ def _statistics(part: Part, column: str, channels: int, setting: StatisticsSetti
 def _values_of(part: Part, column: str, channels: int, nodata: float | None) -> tuple[np.ndarray, Counter]:
     """Some values of many images, `(values, channels)`, nan for none, and how many images have which type."""
     is_stream = isinstance(part.records, datasets.IterableDataset)
-    count = SAMPLED_IMAGES if is_stream else min(MEASURED_IMAGES, len(part.records))
+    count = MEASURED_OF_STREAM if is_stream else min(MEASURED_IMAGES, len(part.records))
     each = max(16, MEASURED_VALUES // (count * channels))
     types, examples, parts, unreadable = Counter(), {}, [], []
-    draw = functools.partial(_draw, channels, each)
+    draw = functools.partial(_draw, channels, each, nodata)
     for index, source in enumerate(tqdm(_some(part.records, column, count), "Measuring images", count, leave=False)):
         generator = derived_generator(0, STATISTICS, index)
         try:
@@ -225,9 +292,6 @@ def _values_of(part: Part, column: str, channels: int, nodata: float | None) -> 
             continue
         types[kind] += 1
         examples.setdefault(kind, image_name(source, f"image {index}"))
-        if nodata is not None:
-            values[values == nodata] = np.nan
-        values[~np.isfinite(values)] = np.nan
         parts.append(values)
     if not parts:
         raise ValueError(f"`{part.argument}` has no image that could be measured: {'; '.join(unreadable[:3])}.")
@@ -240,14 +304,20 @@ def _values_of(part: Part, column: str, channels: int, nodata: float | None) -> 
     return np.concatenate(parts), types
 
 
-def _draw(channels: int, count: int, source, generator: np.random.Generator) -> tuple[np.ndarray, str]:
+def _draw(
+    channels: int, count: int, nodata: float | None, source, generator: np.random.Generator
+) -> tuple[np.ndarray, str]:
     """Values of pixels drawn from a part of an image, `(count, channels)`, and their type."""
     image = at_full_depth(ImageOps.exif_transpose(open_image(source)), channels)
     width, height = image.size
     top, left = (int(generator.integers(max(1, side - PART + 1))) for side in (height, width))
     values = image.read(top, min(height, top + PART), left, min(width, left + PART)).reshape(-1, image.channels)
-    values = values[generator.integers(len(values), size=count)].astype(np.float64)
-    return np.broadcast_to(values, (count, channels)).copy(), image.dtype.newbyteorder("=").name
+    values = values[generator.integers(len(values), size=count)]
+    drawn = values.astype(np.float64)
+    if nodata is not None:
+        drawn[values == nodata] = np.nan  # in the type of the file
+    drawn[~np.isfinite(drawn)] = np.nan
+    return np.broadcast_to(drawn, (count, channels)).copy(), image.dtype.newbyteorder("=").name
 
 
 def _range(values: np.ndarray, channel: int, part: Part) -> tuple[float, float]:

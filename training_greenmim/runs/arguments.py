@@ -5,6 +5,7 @@ import argparse
 import logging
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
@@ -485,6 +486,8 @@ class ScriptArgumentParser(HfArgumentParser):
         self._title_of |= dict.fromkeys(ours, "training") | dict.fromkeys(_COMMON, "run")
         self._group_of: dict[str, argparse._ArgumentGroup] = {}
         super().__init__(dataclass_types, usage="%(prog)s [FILE.yaml | FILE.json] [--argument value ...]")
+        # argparse takes negative numbers with an exponent for flags.
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
     def add_argument(self, *flags, **options) -> argparse.Action:
         """Adds an argument to the group that it belongs to; called for each field of the training arguments."""

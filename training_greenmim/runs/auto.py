@@ -15,7 +15,7 @@ import torch
 
 from modeling_greenmim.array_image import ArrayImage
 
-from ..data.images import UnreadableImageError, open_image
+from ..data.images import open_image
 from ..data.readers import DataSource, find_image_column, read_records, undecoded
 
 
@@ -86,7 +86,7 @@ def look_at(chosen: dict, labelled: bool) -> Facts | None:
     if "validation" not in parts and (arguments.do_eval or arguments.do_predict):
         count -= math.ceil(count * arguments.train_val_split)
     count = min(count, arguments.max_train_samples or count)
-    size = statistics.mean(image.width * image.height * len(image.getbands()) for image in images)
+    size = statistics.mean(_bytes_of(image) for image in images)
     on_gpu = torch.cuda.is_available() and not arguments.use_cpu
     return Facts(
         count=count,
@@ -102,8 +102,13 @@ def _some_images(sources):
     for index in np.linspace(0, len(sources) - 1, min(SAMPLED_IMAGES, len(sources))).astype(int):
         try:
             yield open_image(sources[int(index)])
-        except (OSError, UnreadableImageError):
-            continue  # training tells of these
+        except Exception:  # whatever a decoder raises: training tells of these
+            continue
+
+
+def _bytes_of(image) -> int:
+    values = image.width * image.height * len(image.getbands())
+    return values * image.dtype.itemsize if isinstance(image, ArrayImage) else values
 
 
 def _channels(image) -> int:

@@ -27,6 +27,10 @@ CITATION = """## Citation
 }
 ```
 """
+FULL_DEPTH = """It sees all values of images, on the scale below. Pipelines cut files to 8 bits, so open them by the image processor:
+`open_image(file_or_array)`; arrays are (height, width, channels).
+
+"""
 RUN = """## Data
 
 {data}
@@ -69,7 +73,7 @@ processor = AutoImageProcessor.from_pretrained("{location}", trust_remote_code=T
 model = AutoModel.from_pretrained("{location}", trust_remote_code=True)
 ```
 
-The model was not trained to classify anything. What it learned comes from the images below{and_from}; on other kinds
+{opening}The model was not trained to classify anything. What it learned comes from the images below{and_from}; on other kinds
 of images it may be of no use.
 
 """
@@ -92,7 +96,7 @@ from transformers import pipeline
 classify = pipeline("image-classification", model="{location}", trust_remote_code=True)
 ```
 
-It knows the classes of the images below and no others; on other kinds of images its answers mean nothing.
+{opening}It knows the classes of the images below and no others; on other kinds of images its answers mean nothing.
 
 """
     + RUN
@@ -123,10 +127,7 @@ def _values(image_processor) -> dict:
         return {}
     channels = f"{len(image_processor.image_range)} channel(s) in full depth"
     nodata = "" if image_processor.nodata is None else f"; {image_processor.nodata:g} stands for no data"
-    return {
-        "values": f"{channels}: {in_short(image_processor.image_range)} become 0 to 1{nodata}; pipelines take what"
-        " `open_image` of the image processor opens"
-    }
+    return {"values": f"{channels}: {in_short(image_processor.image_range)} become 0 to 1{nodata}"}
 
 
 def _pretraining_recipe(trainer) -> dict:
@@ -354,6 +355,7 @@ def _write(trainer, facts: RunFacts, template: str, metadata: dict, **values) ->
         command=facts.command,
         results=_table(_results(trainer.state.log_history)),
         curve=curve,
+        opening=FULL_DEPTH if getattr(trainer.processing_class, "image_range", None) is not None else "",
         **values,
     )
     ModelCard(content + CITATION).save(os.path.join(folder, "README.md"))

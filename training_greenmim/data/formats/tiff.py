@@ -30,6 +30,7 @@ TILE_WIDTH, EXTRA_SAMPLES, SAMPLE_FORMAT = 322, 338, 339
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6
 VALUES = (WHITE_IS_ZERO, BLACK_IS_ZERO, RGB)  # what needs no conversion of colours
 JPEG = 7  # of which tifffile converts YCbCr
+GDAL_NODATA = 42113
 UNSIGNED, SIGNED = 1, 2
 PREMULTIPLIED, ALPHA = 1, (1, 2)  # transparency
 
@@ -41,7 +42,8 @@ def matches(start: bytes) -> bool:
 def open(file, page: int = 0) -> Image.Image:
     """A page, numbered as they lie in the file: Pillow's image or an `ArrayImage`.
 
-    Where the file calls the last channel transparency, an `ArrayImage` has `info["alpha"]`.
+    Where the file calls the last channel transparency, an `ArrayImage` has `info["alpha"]`; where it names
+    a value for no data, `info["nodata"]`.
 
     Raises:
         `MissingPackageError`: where Pillow cannot hold the page in full, and tifffile is missing.
@@ -136,6 +138,8 @@ def _image(tiff, number: int) -> ArrayImage:
     image = ArrayImage(values)
     if page.extrasamples and page.extrasamples[-1] in ALPHA:
         image.info["alpha"] = True
+    if GDAL_NODATA in page.tags:
+        image.info["nodata"] = float(page.nodata)
     return image
 
 
