@@ -27,8 +27,8 @@ CITATION = """## Citation
 }
 ```
 """
-FULL_DEPTH = """It sees all values of images, on the scale below. Pipelines cut files to 8 bits, so open them by the image processor:
-`open_image(file_or_array)`; arrays are (height, width, channels).
+FULL_DEPTH = """It sees all values of images, on the scale below. Pipelines cut files to 8 bits, so open them by the image
+processor: `open_image(file_or_array)`; arrays are (height, width, channels).
 
 """
 RUN = """## Data
