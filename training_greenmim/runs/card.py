@@ -27,8 +27,8 @@ CITATION = """## Citation
 }
 ```
 """
-FULL_DEPTH = """It sees all values of images, on the scale below. Pipelines cut files to 8 bits, so open them by the image
-processor: `open_image(file_or_array)`; arrays are (height, width, channels).
+FULL_DEPTH = """It sees all values of images, on the scale below. Pipelines cut files to 8 bits, so open them by the
+image processor: `open_image(file_or_array)`; arrays are (height, width, channels).
 
 """
 RUN = """## Data
@@ -73,8 +73,8 @@ processor = AutoImageProcessor.from_pretrained("{location}", trust_remote_code=T
 model = AutoModel.from_pretrained("{location}", trust_remote_code=True)
 ```
 
-{opening}The model was not trained to classify anything. What it learned comes from the images below{and_from}; on other kinds
-of images it may be of no use.
+{opening}The model was not trained to classify anything. What it learned comes from the images below{and_from}; on
+other kinds of images it may be of no use.
 
 """
     + RUN
