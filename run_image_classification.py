@@ -341,7 +341,8 @@ def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, c
     evaluated = evaluation_transform(args, config, image_processor)
     for part in parts.parts():
         check_first_readable(part.records, "image", evaluated, part.argument)
-        check_values(part, "image", evaluated.channels, image_processor)
+        if not (args.do_train and part is parts.train):  # which `scale_images` has looked at
+            check_values(part, "image", evaluated.channels, image_processor)
 
     def every_image(part: Part | None) -> EveryImage | None:
         if part is None:

@@ -326,19 +326,6 @@ def test_a_checkpoint_without_a_probe_is_no_probe(tmp_path):
 # Missing extras
 
 
-@pytest.fixture
-def without(monkeypatch):
-    """Makes packages look as if they were not installed."""
-
-    def block(*packages: str):
-        for package in packages:
-            for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
-                monkeypatch.delitem(sys.modules, name)
-            monkeypatch.setitem(sys.modules, package, None)
-
-    return block
-
-
 def test_a_missing_package_names_the_extra(without):
     without("kornia", "matplotlib")
     with pytest.raises(MissingPackageError, match=r"needs kornia.*pip install 'greenmim-.*\[augmentation\]'"):

@@ -613,19 +613,6 @@ def test_tiles_of_pages(tmp_path):
 # What is not installed
 
 
-@pytest.fixture
-def without(monkeypatch):
-    """Makes packages look as if they were not installed."""
-
-    def block(*packages: str):
-        for package in packages:
-            for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
-                monkeypatch.delitem(sys.modules, name)
-            monkeypatch.setitem(sys.modules, package, None)
-
-    return block
-
-
 def test_a_missing_reader_names_the_extra(without, tmp_path):
     bands, scan = (
         saved(tifffile.imwrite, numbers(5), photometric="minisblack", planarconfig="contig"),

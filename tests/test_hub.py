@@ -10,7 +10,7 @@ from safetensors.torch import load
 
 from modeling_greenmim import GreenMIMForImageClassification
 from modeling_greenmim.image_processing_greenmim import build_image_processor
-from tests.hub_server import TOKEN, serve
+from tests.hub_server import TOKEN
 from tests.oracle import tiny_config
 from tests.test_remote_code import CODE, PREAMBLE, PROCESSOR_CODE
 
@@ -29,15 +29,6 @@ model = GreenMIMForImageClassification.from_pretrained(sys.argv[1])
 model.push_to_hub(sys.argv[2])
 GreenMIMImageProcessorPil.from_pretrained(sys.argv[1]).push_to_hub(sys.argv[2])
 """
-
-
-@pytest.fixture
-def hub():
-    state, server = serve()
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    yield state
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTrai
 from modeling_greenmim.conversion import CheckpointError, import_checkpoint, release_model
 from modeling_greenmim.conversion.releasing import complete_card
 from modeling_greenmim.image_processing_greenmim import build_image_processor
-from tests.hub_server import TOKEN, serve
+from tests.hub_server import TOKEN
 from tests.oracle import tiny_config
 from tests.test_conversion import HEADS, ROW, TINY, official_shapes, random_weights, write_official
 from tests.test_hub import execute
@@ -48,15 +48,6 @@ for command in sys.argv[1:]:
     except SystemExit as end:
         print("exit", end.code, flush=True)
 """
-
-
-@pytest.fixture
-def hub():
-    state, server = serve()
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    yield state
-    server.shutdown()
-    server.server_close()
 
 
 def write_folder(folder, kind=GreenMIMForPreTraining, card: str = CARD):

@@ -19,6 +19,7 @@ from modeling_greenmim import GreenMIMForImageClassification
 from ..data.image_dataset import EveryImage
 from ..data.images import image_name
 from ..data.readers import ARRAYS, LABEL, fingerprint_of_files
+from ..data.scaling import PixelScaling
 from ..pretraining.pictures import drawn_channels, picture_grid
 from ..runs.models import weights_checksum
 from ..runs.processes import on_main_process
@@ -179,14 +180,13 @@ def draw_neighbours(
     similarity[torch.arange(len(queries)), queries] = -torch.inf
     nearest = similarity.topk(min(NEIGHBOURS, len(indices) - 1)).indices
     chosen = torch.cat([queries[:, None], nearest], dim=1)
-    columns = [torch.stack([_drawn(dataset[indices[row]]["pixel_values"]) for row in column]) for column in chosen.T]
+    columns = [
+        torch.stack([PixelScaling.unit(dataset[indices[row]]["pixel_values"]) for row in column])
+        for column in chosen.T
+    ]
     channels = columns[0].shape[1]
     picture_grid(columns, [0.0] * channels, [1.0] * channels, picture_channels).save(picture)
     return True
-
-
-def _drawn(image: torch.Tensor) -> torch.Tensor:
-    return image / 255 if image.dtype == torch.uint8 else image.nan_to_num()
 
 
 def _read(paths: list[Path]) -> tuple[list[int], torch.Tensor]:

@@ -30,7 +30,8 @@ class PixelScaling(NamedTuple):
         scaled = (images - self.mean) / self.std
         return scaled if self.order == sorted(self.order) else scaled[..., self.order, :, :]
 
-    def unit(self, images: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def unit(images: torch.Tensor) -> torch.Tensor:
         """Images of the data loader, uint8, or in [0, 1] with nan for no data, -> in [0, 1] with 0 for it.
 
         The mean, 0 once normalised, would make patches of equal values, whose layer normalisation has no gradient to

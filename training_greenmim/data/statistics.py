@@ -5,6 +5,7 @@ import functools
 import itertools
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import datasets
 import numpy as np
 import yaml
 from huggingface_hub.utils import tqdm
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor
 from transformers.utils import logging
 
@@ -222,27 +223,26 @@ def check_values(part: Part, column: str, channels: int, image_processor) -> Non
 
 def _are_deep(part: Part, column: str) -> bool:
     """Whether the headers of some images tell that one of them is not 8-bit grey or colour."""
-    for source in _some(part.records, column, SAMPLED_IMAGES):
-        try:
-            image = open_image(source)
-        except Exception:  # whatever a decoder raises: training tells of these
-            continue
-        if isinstance(image, ArrayImage) or image.mode[0] in DEEP:
-            return True
-    return False
+    images = some_images(part.records, column)
+    return any(isinstance(image, ArrayImage) or image.mode[0] in DEEP for image in images)
 
 
 def _told_nodata(part: Part, column: str) -> float | None:
     """The value that stands for none by the files themselves (GeoTIFF's tag), if they say so."""
-    for source in _some(part.records, column, SAMPLED_IMAGES):
+    told = (image.info.get("nodata") for image in some_images(part.records, column))
+    nodata = next((value for value in told if value is not None and np.isfinite(value)), None)
+    if nodata is not None:
+        logger.info(f"`{part.argument}`: the files say that {nodata:g} stands for no data.")
+    return nodata
+
+
+def some_images(records, column: str) -> Iterator[Image.Image]:
+    """At most `SAMPLED_IMAGES` images from all over a data set, opened, but for those that cannot be."""
+    for source in _some(records, column, SAMPLED_IMAGES):
         try:
-            nodata = open_image(source).info.get("nodata")
+            yield open_image(source)
         except Exception:  # whatever a decoder raises: training tells of these
             continue
-        if nodata is not None and np.isfinite(nodata):
-            logger.info(f"`{part.argument}`: the files say that {nodata:g} stands for no data.")
-            return nodata
-    return None
 
 
 def _some(records, column: str, count: int):

@@ -10,19 +10,16 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from modeling_greenmim.array_image import ArrayImage
 
-from ..data.images import open_image
 from ..data.readers import DataSource, find_image_column, read_records, undecoded
+from ..data.statistics import some_images
 
 
 logger = logging.getLogger(__name__)
 
-# Images whose sizes are looked at: the headers of their files.
-SAMPLED_IMAGES = 64
 # Gigabytes of decoded images that are kept on the disk without asking.
 MOST_DECODED = 10
 # Modes of Pillow in which an image has one channel.
@@ -79,7 +76,7 @@ def look_at(chosen: dict, labelled: bool) -> Facts | None:
         return None
     column = find_image_column(part.records, arguments.image_column_name)
     records = undecoded(part.records, column)
-    images = list(_some_images(records[column]))
+    images = list(some_images(records, column))
     if not images:
         raise ValueError(f"`{part.argument}` has {len(records)} image(s), none of which could be opened.")
     count = len(records)
@@ -96,14 +93,6 @@ def look_at(chosen: dict, labelled: bool) -> Facts | None:
         gpu_memory=torch.cuda.get_device_properties(0).total_memory / 1e9 if on_gpu else None,
         has_bf16=bool(torch.cpu.get_capabilities().get("amx_bf16")),
     )
-
-
-def _some_images(sources):
-    for index in np.linspace(0, len(sources) - 1, min(SAMPLED_IMAGES, len(sources))).astype(int):
-        try:
-            yield open_image(sources[int(index)])
-        except Exception:  # whatever a decoder raises: training tells of these
-            continue
 
 
 def _bytes_of(image) -> int:

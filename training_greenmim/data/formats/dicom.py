@@ -21,6 +21,7 @@ PREAMBLE = 128
 
 
 def matches(start: bytes) -> bool:
+    """Whether bytes have the mark of DICOM behind the preamble."""
     return start[PREAMBLE : PREAMBLE + 4] == b"DICM"
 
 

@@ -16,10 +16,12 @@ SUFFIXES, PACKAGE, EXTRA = (".npy",), None, None
 
 
 def matches(start: bytes) -> bool:
+    """Whether bytes begin with the mark of NPY."""
     return start.startswith(np.lib.format.MAGIC_PREFIX)
 
 
 def open(file, page: int = 0) -> ArrayImage:
+    """The array of a file, mapped into memory, or of bytes."""
     if page:
         raise ValueError(f"there is no page {page}: an array is one")
     if isinstance(file, BytesIO):

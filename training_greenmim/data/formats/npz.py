@@ -16,6 +16,7 @@ SUFFIXES, PACKAGE, EXTRA = (".npz",), None, None
 
 
 def matches(start: bytes) -> bool:
+    """Whether bytes begin as a ZIP archive does."""
     return start.startswith(b"PK\3\4")
 
 

@@ -20,6 +20,7 @@ ORIENTATION = 274  # of EXIF
 
 
 def matches(start: bytes) -> bool:
+    """Whether bytes begin with the mark of PNG."""
     return start.startswith(b"\x89PNG")
 
 

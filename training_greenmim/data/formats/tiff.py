@@ -36,6 +36,7 @@ PREMULTIPLIED, ALPHA = 1, (1, 2)  # transparency
 
 
 def matches(start: bytes) -> bool:
+    """Whether bytes begin as TIFF or BigTIFF does, in either order of bytes."""
     return start.startswith(MAGIC)
 
 
