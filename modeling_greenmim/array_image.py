@@ -73,11 +73,34 @@ class ArrayImage(Image.Image):
         return self
 
 
+class _Converted:
+    """Values of which each part is made into another number of channels as it is asked for."""
+
+    def __init__(self, values, channels: int, convert, dtype=None):
+        self.shape, self.dtype = (*values.shape[:2], channels), np.dtype(dtype or values.dtype)
+        self._values, self._convert = values, convert
+
+    def __getitem__(self, part) -> np.ndarray:
+        return self._convert(self._values[part])
+
+
 def as_array_image(image: Image.Image) -> ArrayImage:
     """The values of an image of Pillow in its own mode, colours of a palette looked up; others as they are."""
     if isinstance(image, ArrayImage):
         return image
     return ArrayImage(np.asarray(image.convert("RGB") if image.mode == "P" else image))
+
+
+def at_8_bits(image: ArrayImage, channels: int) -> ArrayImage:
+    """The grey (one channel) or RGB (three) values of an image, by `to_8_bit`, converted as they are asked for."""
+    if image.dtype == np.uint8 and image.channels == channels:
+        return image
+    mode = "L" if channels == 1 else "RGB"
+
+    def convert(values: np.ndarray) -> np.ndarray:
+        return np.asarray(to_8_bit(ArrayImage(values)).convert(mode)).reshape(*values.shape[:2], channels)
+
+    return ArrayImage(_Converted(image.values, channels, convert, np.uint8))
 
 
 def at_full_depth(image: Image.Image, channels: int) -> ArrayImage:
@@ -94,7 +117,7 @@ def at_full_depth(image: Image.Image, channels: int) -> ArrayImage:
         image = to_8_bit(image).convert("L" if channels == 1 else "RGB")
     image = as_array_image(image)
     if image.info.get("alpha") and image.channels == channels + 1:
-        image = ArrayImage(np.asarray(image)[..., :channels])
+        image = ArrayImage(_Converted(image.values, channels, lambda values: values[..., :channels]))
     if image.channels != channels and (image.channels, channels) != (1, 3):
         raise ValueError(
             f"it has {image.channels} channel(s), but the model takes {channels}; arrays are (height, width, channels)"
@@ -194,4 +217,12 @@ def _block_means(values: np.ndarray, factor: int) -> np.ndarray:
     return sums / (counts[0][:, None] * counts[1]).astype(np.float32)[..., None]
 
 
-__all__ = ["ArrayImage", "FullDepth", "as_array_image", "at_full_depth", "center_crop_box", "crop_and_resize"]
+__all__ = [
+    "ArrayImage",
+    "FullDepth",
+    "as_array_image",
+    "at_8_bits",
+    "at_full_depth",
+    "center_crop_box",
+    "crop_and_resize",
+]

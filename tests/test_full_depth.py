@@ -32,7 +32,7 @@ from training_greenmim.data.images import UnreadableImageError, load_image, open
 from training_greenmim.data.readers import Part
 from training_greenmim.data.scaling import scaling_of
 from training_greenmim.data.statistics import StatisticsSetting, check_values, depth_of, set_statistics
-from training_greenmim.data.transforms import EvalTransform, TrainTransform
+from training_greenmim.data.transforms import EvalTransform, Geometry, TrainTransform, apply_geometry
 from training_greenmim.pretraining.pictures import picture_grid
 from training_greenmim.randomness import derived_generator
 from training_greenmim.runs.arguments import MIMTrainingArguments, parse_arguments
@@ -117,6 +117,23 @@ def test_a_large_crop_is_averaged_in_stripes_and_only_its_part_is_read(monkeypat
     assert len(values.read) > 10 and all((stop - start) * 512 * 2 <= 40_000 for (start, stop), _ in values.read)
     assert values.read[0][0][0] == 32 and values.read[-1][0][1] == 672
     assert {columns for _, columns in values.read} == {(16, 528)}
+
+
+@pytest.mark.parametrize("depth", [None, FullDepth(((0, 255),) * 3), FullDepth(((0, 4095),) * 3)])
+def test_transparency_is_dropped_and_8_bits_are_made_of_the_parts_that_are_read(depth, monkeypatch):
+    monkeypatch.setattr(array_image, "READ_AT_ONCE", 40_000)
+    is_8_bit = depth is not None and depth.image_range[0][1] == 255
+    values = Recording(values_of(4, 700, 640) // 16 if is_8_bit else values_of(4, 700, 640))
+    values.values = values.values.astype(np.uint8 if is_8_bit else np.uint16)
+    values.dtype = values.values.dtype
+    image = ArrayImage(values)
+    image.info["alpha"] = True
+    geometry = Geometry((16, 32, 16 + 512, 32 + 640), (32, 32))
+    found = apply_geometry(image, geometry, 3, depth).float()
+    colours = values.values[..., :3] if depth else values.values[..., :3] >> 8
+    expected = apply_geometry(ArrayImage(colours if depth else colours.astype(np.uint8)), geometry, 3, depth)
+    assert torch.equal(found, expected.float()) and len(found.unique()) > 2
+    assert len(values.read) > 10 and {columns for _, columns in values.read} == {(16, 528)}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from modeling_greenmim.array_image import ArrayImage, Box, FullDepth, center_crop_box, crop_and_resize
+from modeling_greenmim.array_image import ArrayImage, Box, FullDepth, at_8_bits, center_crop_box, crop_and_resize
 from modeling_greenmim.pixels import to_8_bit
 
 from .images import open_image, to_tensor
@@ -87,9 +87,10 @@ def apply_geometry(
 
 def _8_bit_pixels(image: Image.Image, geometry: Geometry, channels: int) -> torch.Tensor:
     box, size = geometry.box, geometry.size
-    if isinstance(image, ArrayImage) and image.dtype == np.uint8 and image.channels == channels:
+    if isinstance(image, ArrayImage):
         # Only the part that is kept is read.
-        return torch.from_numpy(crop_and_resize(image, box, size).round().clip(0, 255).astype(np.uint8))
+        values = crop_and_resize(at_8_bits(image, channels), box, size)
+        return torch.from_numpy(values.round().clip(0, 255).astype(np.uint8))
     if _is_reducible(image):
         # The decoder may reduce the image as long as the crop keeps the pixels that it is resized to.
         factor = _reduce(image, max(size[1] / (box[2] - box[0]), size[0] / (box[3] - box[1])))
