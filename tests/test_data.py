@@ -14,14 +14,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tests.training_helpers import encoded, noise_image, write_broken, write_images, write_webdataset
-from training_greenmim.data.image_dataset import EpochShuffle, ImageDataset, collate
+from training_greenmim.data.image_dataset import EpochShuffle, EveryImage, ImageDataset, collate
 from training_greenmim.data.images import UnreadableImageError
 from training_greenmim.data.readers import (
+    DataSource,
     check_first_readable,
     decoded_once,
     elpv,
     find_image_column,
     load_folder,
+    read_records,
     undecoded,
 )
 from training_greenmim.data.streams import ImageStream
@@ -200,6 +202,16 @@ def test_batches_do_not_depend_on_the_number_of_workers():
 
 
 # ImageStream
+
+
+@pytest.mark.slow
+def test_spawned_workers_have_the_limit_of_pixels_of_the_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # which comes back afterwards
+    Image.new("RGB", (20, 20)).save(tmp_path / "large.png")
+    source = DataSource(train_dir=str(tmp_path), max_image_pixels=100)
+    dataset = EveryImage(read_records(source)["train"].records, "image", EVALUATION, 0)
+    loader = DataLoader(dataset, collate_fn=collate, num_workers=1, multiprocessing_context="spawn")
+    assert "exceeds limit of 200 pixels" in next(iter(loader))["unreadable"][0]
 
 
 def write_parquet(folder: Path, contents: list[bytes], shards: int = 2) -> None:

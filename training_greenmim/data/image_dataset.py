@@ -7,13 +7,13 @@ import torch
 from transformers.utils import logging
 
 from ..randomness import AUGMENTATION, REPLACEMENT, SHUFFLE, derived_generator, derived_torch_generator
-from .images import UnreadableImageError, load_image
+from .images import KeepsPixelLimit, UnreadableImageError, load_image
 
 
 logger = logging.get_logger(__name__)
 
 
-class ImageDataset(torch.utils.data.Dataset):
+class ImageDataset(KeepsPixelLimit, torch.utils.data.Dataset):
     """Images of a `datasets.Dataset`, decoded on access.
 
     An unreadable image is reported and replaced by one that is drawn from the seed and its key, so that batches keep

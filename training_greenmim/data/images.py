@@ -22,6 +22,18 @@ class UnreadableImageError(Exception):
     """An image that cannot be decoded; its text names the image and the cause."""
 
 
+class KeepsPixelLimit:
+    """An object that takes Pillow's limit of pixels along to another process: spawned workers start with its own."""
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "max_image_pixels": Image.MAX_IMAGE_PIXELS}
+
+    def __setstate__(self, state: dict) -> None:
+        state = dict(state)
+        Image.MAX_IMAGE_PIXELS = state.pop("max_image_pixels")
+        self.__dict__.update(state)
+
+
 def image_name(source, default: str = "an image without a name") -> str:
     """What to call an image in a message."""
     name = source.get("path") if isinstance(source, dict) else source

@@ -15,6 +15,7 @@ import numpy as np
 from datasets import ClassLabel
 from datasets import Image as ImageFeature
 from huggingface_hub.utils import tqdm
+from PIL import Image
 from transformers.utils import logging
 
 from ..compat import datasets_cache_folder, datasets_fingerprint
@@ -56,6 +57,7 @@ class DataSource:
     streaming: bool = False
     pages: str = PAGES[0]
     tile: int | None = None
+    max_image_pixels: int | None = None
 
     @classmethod
     def of(cls, arguments) -> "DataSource":
@@ -145,6 +147,7 @@ def read_records(source: DataSource, labelled: bool = False, needs_train: bool =
     """The parts `train`, `validation` and `test` of a source, those that there are.
 
     A test part stands in for a missing validation part. `test_dir` is the test part beside any source, without labels.
+    From here on Pillow's limit of pixels is that of the source, if it has one.
 
     Args:
         labelled: whether the sub-folders of folders are classes.
@@ -153,6 +156,8 @@ def read_records(source: DataSource, labelled: bool = False, needs_train: bool =
     Raises:
         `ValueError`: for folders and data sets that cannot be read, and when a part that is needed lacks.
     """
+    if source.max_image_pixels is not None:
+        Image.MAX_IMAGE_PIXELS = source.max_image_pixels
     parts = next(reader for reader in READERS if reader.is_named_by(source)).read(source, labelled)
     if needs_train and "train" not in parts:
         raise ValueError(f"`dataset_name` is {source.dataset_name!r}, which has no split train but {list(parts)}.")

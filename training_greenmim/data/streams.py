@@ -8,10 +8,10 @@ import datasets
 import torch
 
 from ..randomness import AUGMENTATION, derived_generator
-from .images import UnreadableImageError, load_image
+from .images import KeepsPixelLimit, UnreadableImageError, load_image
 
 
-class ImageStream(torch.utils.data.IterableDataset):
+class ImageStream(KeepsPixelLimit, torch.utils.data.IterableDataset):
     """Images of a stream of `datasets`, decoded as they come; unreadable ones are left out and reported.
 
     Args:

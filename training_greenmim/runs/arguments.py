@@ -13,7 +13,6 @@ from typing import ClassVar
 import torch
 import transformers
 from accelerate.utils import parse_flag_from_env
-from PIL import Image
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments
 
 from ..data.statistics import AUTO, StatisticsSetting
@@ -136,8 +135,6 @@ class ImageDataArguments:
                     f" {self.dataset_name!r}."
                 )
         check_at_least(self, 1, "tile", "max_image_pixels")
-        if self.max_image_pixels is not None:
-            Image.MAX_IMAGE_PIXELS = self.max_image_pixels
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"`train_val_split` is {self.train_val_split}; it must be between 0 and 1.")
         check_at_least(self, 1, "max_train_samples", "max_eval_samples")
