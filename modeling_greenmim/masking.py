@@ -5,6 +5,8 @@ Visible units are numbered in raster order and listed ascending, as an int64 ten
 where planning happens; `masks` is 1 for a mask that the whole batch shares, else the batch size.
 """
 
+from numbers import Real
+
 import torch
 
 from .configuration_greenmim import count_visible_units
@@ -42,8 +44,8 @@ def checked_num_visible(num_units: int, mask_ratio: float) -> int:
     Raises:
         `ValueError`: for a ratio that leaves nothing visible or nothing masked.
     """
-    if not 0 <= mask_ratio <= 1:
-        raise ValueError(f"`mask_ratio` is {mask_ratio}, but it must be between 0 and 1.")
+    if not isinstance(mask_ratio, Real) or not 0 <= mask_ratio <= 1:
+        raise ValueError(f"`mask_ratio` is {mask_ratio!r}, but it must be between 0 and 1.")
     num_visible = count_visible_units(num_units, mask_ratio)
     if not 0 < num_visible < num_units:
         raise ValueError(

@@ -783,6 +783,19 @@ def test_impossible_values_and_outputs_have_clear_errors(official, tmp_path):
         read_checkpoint(tmp_path / "swin")
 
 
+@pytest.mark.parametrize("other", ["training_args.bin", "notes.txt", "config.json"])
+def test_a_folder_of_something_else_is_not_imported_into(official, tmp_path, other):
+    (tmp_path / "model" / ".git").mkdir(parents=True)
+    for _ in range(2):  # an import may be repeated
+        import_checkpoint(official, tmp_path / "model", **HEADS)
+    before = {path: path.read_bytes() for path in (tmp_path / "model").glob("*.*") if path.is_file()}
+    before[tmp_path / "model" / other] = b'{"model_type": "swin"}'
+    (tmp_path / "model" / other).write_bytes(before[tmp_path / "model" / other])
+    with pytest.raises(CheckpointError, match=rf"`output` is .*something else than an earlier import: .*{other}"):
+        import_checkpoint(official, tmp_path / "model", **HEADS)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 def test_command_line(official, tmp_path, capsys):
     folder = str(tmp_path / "model")
     main(["import", "--checkpoint", str(official), "--output", folder, "--decoder_num_attention_heads", "2"])

@@ -1,5 +1,7 @@
 """Masks: sampling, the callers' own at both granularities, and what is refused."""
 
+import re
+
 import pytest
 import torch
 
@@ -63,6 +65,12 @@ def test_noise_of_a_wrong_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"`noise` has shape .* needs \(1 or 3, 15\)") as error:
         visible_units_from_noise(torch.rand(shape), 15, 3, 0.5)
     assert str(tuple(shape)) in str(error.value)
+
+
+@pytest.mark.parametrize("ratio", ["a", None, [0.5], 1.5, float("nan")])
+def test_ratio_that_is_no_share_is_refused_by_name(ratio):
+    with pytest.raises(ValueError, match=re.escape(f"`mask_ratio` is {ratio!r}, but it must be between 0 and 1")):
+        visible_units_from_noise(torch.rand(1, 15), 15, 3, ratio)
 
 
 @pytest.mark.parametrize(("ratio", "visible"), [(1.0, 0), (0.95, 0), (0.0, 15)])

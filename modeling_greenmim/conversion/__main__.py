@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import CheckpointError, export_model, import_checkpoint, release_model
 from .formats import WRITABLE
+from .importing import check_output
 from .released import FILES, released_file
 
 
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             values = {name: getattr(args, name) for name in GIVEN if getattr(args, name) is not None}
             checkpoint = args.checkpoint
             if checkpoint in FILES and not Path(checkpoint).exists():
+                check_output(args.output)  # which takes less time than fetching a file
                 checkpoint = str(released_file(checkpoint))
             model = import_checkpoint(checkpoint, args.output, args.patch_merging_order, args.photographs, **values)
             count = sum(parameter.numel() for parameter in model.parameters())

@@ -1,6 +1,7 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """From a checkpoint of any format to a model and a folder of ours."""
 
+import json
 import re
 from pathlib import Path
 
@@ -30,6 +31,8 @@ logger = logging.get_logger(__name__)
 
 # Of the four tokens (row, column) that merging joins: where each of (0,0), (1,0), (0,1), (1,1) is in row order.
 FROM_ROW_ORDER = [0, 2, 1, 3]
+# What an import writes: a model, the code that goes with it, its image processor and its card.
+WRITTEN = re.compile(r"config\.json|model.*\.safetensors(\.index\.json)?|preprocessor_config\.json|README\.md|\w+\.py")
 MERGING = re.compile(r"\.downsample\.(norm\.weight|norm\.bias|reduction\.weight)$")
 
 
@@ -173,10 +176,10 @@ def import_checkpoint(
         values: of the configuration, instead of what the checkpoint tells.
 
     Raises:
-        `CheckpointError`: when the checkpoint cannot be converted; nothing is written then.
+        `CheckpointError`: when the checkpoint cannot be converted, or the folder holds anything but an earlier import;
+            nothing is written then.
     """
-    if Path(output).is_file():
-        raise CheckpointError(f"`output` is {str(output)!r}, a file; a folder is needed.")
+    check_output(output)
     checkpoint = read_checkpoint(path)
     if order == "auto" and _can_be_measured(checkpoint):
         measured_order(checkpoint, photographs, **values)
@@ -187,6 +190,36 @@ def import_checkpoint(
     card = model_card(model, checkpoint, Path(path).name, Path(output).name, flags(given))
     (Path(output) / "README.md").write_text(card, encoding="utf-8")
     return model
+
+
+def check_output(output: str) -> None:
+    """Refuses a folder in which an import would replace, or lie among, anything else than an earlier import.
+
+    Raises:
+        `CheckpointError`: naming what is there.
+    """
+    folder = Path(output)
+    if folder.is_file():
+        raise CheckpointError(f"`output` is {str(output)!r}, a file; a folder is needed.")
+    names = sorted(path.name for path in folder.glob("*") if not path.name.startswith("."))
+    others = [name for name in names if not WRITTEN.fullmatch(name)]
+    if "config.json" not in names:
+        others = names
+    elif _model_type(folder / "config.json") != GreenMIMConfig.model_type:
+        others = ["config.json", *others]
+    if others:
+        found = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise CheckpointError(
+            f"`output` is {str(output)!r}, a folder that holds something else than an earlier import: {found}. Give"
+            " a new or empty one."
+        )
+
+
+def _model_type(path: Path) -> str | None:
+    try:
+        return json.loads(path.read_text()).get("model_type")
+    except (ValueError, AttributeError):
+        return None
 
 
 def _can_be_measured(checkpoint: Checkpoint) -> bool:
