@@ -150,6 +150,13 @@ def test_numbers_out_of_range_are_refused_in_classification(tmp_path, name, valu
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["train_dir", "validation_dir", "probe_dir", "dataset_name", "model_name_or_path"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_empty_names_are_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` is '{value}', which names nothing"):
+        run_mim.main(flags(tmp_path / "out", "--do_train", f"--{name}", value))
+
+
 @pytest.mark.parametrize("value", [0, -1, "nan"])
 def test_a_temperature_is_above_zero(tmp_path, value):
     argv = classification_flags(tmp_path / "out", "--config_name", "tiny", "--do_eval", "--knn_temperature", value)

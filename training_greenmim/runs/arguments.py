@@ -28,6 +28,10 @@ from .starts import CHANNEL_RULES
 logger = logging.getLogger(__name__)
 
 
+# What names data; without any a script takes the default photographs.
+DATA_NAMES = ("dataset_name", "train_dir", "validation_dir", "test_dir", "probe_dir")
+
+
 @dataclass
 class ModelSourceArguments:
     """Which model a script starts from."""
@@ -60,6 +64,7 @@ class ModelSourceArguments:
     )
 
     def __post_init__(self):
+        check_not_empty(self, "model_name_or_path", "config_name")
         if self.channel_weights not in CHANNEL_RULES:
             raise ValueError(
                 f"`channel_weights` is {self.channel_weights!r}; it must be one of {', '.join(CHANNEL_RULES)}."
@@ -125,6 +130,7 @@ class ImageDataArguments:
         return StatisticsSetting.of(self.image_statistics, self.nodata)
 
     def __post_init__(self):
+        check_not_empty(self, *(name for name in DATA_NAMES if hasattr(self, name)))
         StatisticsSetting.of(self.image_statistics, self.nodata)
         if self.pages not in PAGES:
             raise ValueError(f"`pages` is {self.pages!r}; it must be one of {', '.join(PAGES)}.")
@@ -138,6 +144,18 @@ class ImageDataArguments:
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"`train_val_split` is {self.train_val_split}; it must be between 0 and 1.")
         check_at_least(self, 1, "max_train_samples", "max_eval_samples")
+
+
+def check_not_empty(arguments, *names: str) -> None:
+    """Refuses empty names, such as unset variables of a shell give; None means that there is no name.
+
+    Raises:
+        `ValueError`: naming the argument.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value.strip():
+            raise ValueError(f"`{name}` is {value!r}, which names nothing; give a name, or leave it out.")
 
 
 def check_at_least(arguments, least: int, *names: str) -> None:
