@@ -342,7 +342,7 @@ def build_datasets(parts: LabelledData, args: ClassificationTrainingArguments, c
     for part in parts.parts():
         check_first_readable(part.records, "image", evaluated, part.argument)
         if not (args.do_train and part is parts.train):  # which `scale_images` has looked at
-            check_values(part, "image", evaluated.channels, image_processor)
+            check_values(part, "image", evaluated.channels, image_processor, args)
 
     def every_image(part: Part | None) -> EveryImage | None:
         if part is None:
@@ -483,7 +483,7 @@ def embed(model_args: ModelArguments, data_args: DataArguments, args: Classifica
     for name, part in parts.items():
         records = labels.prepare(part.records, part.argument, *columns, may_lack_labels=True)
         check_first_readable(records, "image", transform, part.argument)
-        check_values(Part(records, part.argument), "image", transform.channels, image_processor)
+        check_values(Part(records, part.argument), "image", transform.channels, image_processor, args)
         label = labels.LABEL if labels.LABEL in records.features else None
         images = EveryImage(records, "image", transform, args.seed, label)
         paths = save_embeddings(trainer, images, name)

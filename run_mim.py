@@ -228,7 +228,7 @@ def build_datasets(
     if args.do_eval:
         evaluation_argument = "validation_dir" if data.validation_dir else argument
         check_first_readable(validation, column, evaluated, evaluation_argument)
-        check_values(Part(validation, evaluation_argument), column, channels, image_processor)
+        check_values(Part(validation, evaluation_argument), column, channels, image_processor, args)
         dataset_class = ImageStream if data.streaming else ImageDataset
         eval_dataset = dataset_class(validation, column, evaluated, args.seed)
     return train_dataset, eval_dataset
@@ -249,7 +249,7 @@ def build_probe(
         records = load_class_folders(data.probe_dir, "probe_dir", DataSource.of(data))
         labels.check_classes(records, "probe_dir")
         check_first_readable(records, "image", transform, "probe_dir")
-        check_values(Part(records, "probe_dir"), "image", config.num_channels, image_processor)
+        check_values(Part(records, "probe_dir"), "image", config.num_channels, image_processor, args)
     else:
         records = labelled_records(evaluation, data)
     if records is None:

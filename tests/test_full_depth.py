@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -208,7 +209,7 @@ def test_carriers_of_the_same_values_make_the_same_tensors(tmp_path):
         assert len(found) == 6 and all((tensor == found[0]).all() for tensor in found) and found[0].std() > 0.1
 
 
-def write_dicom(path: Path, values: np.ndarray) -> None:
+def write_dicom(path: Path, values: np.ndarray, **elements) -> None:
     """A grey image of 12 bits, not compressed."""
     dataset = pydicom.Dataset()
     dataset.SOPClassUID, dataset.SOPInstanceUID = pydicom.uid.CTImageStorage, "1.2.3"
@@ -218,6 +219,8 @@ def write_dicom(path: Path, values: np.ndarray) -> None:
     dataset.PixelData = values.astype("<u2").tobytes()
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    for name, value in elements.items():
+        setattr(dataset, name, value)
     dataset.save_as(path, enforce_file_format=True)
 
 
@@ -368,10 +371,55 @@ def test_values_of_another_scale_are_refused_and_a_cut_to_8_bits_is_told(caplog)
     with pytest.raises(ValueError, match=r"`train_dir` has values of another scale .*: 100% of them lie outside"):
         measured(images, 2, processor=processor_of(2))
     part = Part(WithImages(None, [ArrayImage(values_of(1))]), "validation_dir")
-    check_values(part, "image", 1, build_image_processor(tiny_config(num_channels=1)))
+    args = MIMTrainingArguments(output_dir="unused", report_to="none")
+    check_values(part, "image", 1, build_image_processor(tiny_config(num_channels=1)), args)
     assert "`validation_dir` has images of more than 8 bits, of which this model sees the upper byte" in messages(
         caplog
     )
+
+
+class Unseen(WithImages):
+    """Records that nobody is to look at."""
+
+    def __getitem__(self, index):
+        raise AssertionError("looked at")
+
+
+@pytest.mark.parametrize("processor", [processor_of(1), build_image_processor(tiny_config(num_channels=1))])
+def test_one_process_looks_for_all(processor):
+    part, second = Part(Unseen(None, [None]), "train_dir"), SimpleNamespace(process_index=1, world_size=1)
+    check_values(part, "image", 1, processor, second)
+    set_statistics(processor, StatisticsSetting(), part, "image", 1, second)
+    second.process_index = 0
+    with pytest.raises(AssertionError, match="looked at"):
+        check_values(part, "image", 1, processor, second)
+
+
+def test_of_a_stream_few_images_tell_that_it_is_deep():
+    fetched = []
+
+    def images():
+        for number in range(100):
+            fetched.append(number)
+            yield {"image": noise_image(number)}
+
+    part = Part(datasets.IterableDataset.from_generator(images), "dataset_name")
+    args = MIMTrainingArguments(output_dir="unused", report_to="none")
+    assert set_statistics(build_image_processor(tiny_config()), StatisticsSetting(), part, "image", 3, args) is None
+    assert len(fetched) <= 10
+
+
+def test_dicom_of_which_only_some_is_rescaled_is_refused_unless_all_numbers_are_given(tmp_path):
+    """The same values of 12 bits, as they are and with an intercept; float32 holds both exactly."""
+    values = values_of(1)[..., 0]
+    write_dicom(tmp_path / "plain.dcm", values)
+    write_dicom(tmp_path / "rescaled.dcm", values + 1024, RescaleSlope=1, RescaleIntercept=-1024)
+    images = [str(tmp_path / name) for name in ("plain.dcm", "rescaled.dcm")]
+    with pytest.raises(ValueError, match=r"1 of uint16 such as .*plain\.dcm', 1 of float32 such as .*rescaled\.dcm'"):
+        measured(images, 1)
+    _, depth = measured(images, 1, "range=[0,4095],mean=[0.3],std=[0.2]")
+    plain, rescaled = (EvalTransform((32, 32), 1, depth=depth)(image) for image in images)
+    assert torch.equal(plain, rescaled) and len(plain.unique()) > 100
 
 
 # Loss

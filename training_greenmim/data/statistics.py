@@ -30,8 +30,10 @@ from .readers import Part
 
 logger = logging.get_logger(__name__)
 
-# Images that are measured, and of how many the headers tell whether all are 8-bit, grey or colour.
-MEASURED_IMAGES, MEASURED_OF_STREAM, SAMPLED_IMAGES = 10_000, 1000, 64
+# Images that are measured, and of how many the headers tell whether all are 8-bit, grey or colour; of streams, all of
+# which is fetched for it, the first ones.
+MEASURED_IMAGES, MEASURED_OF_STREAM = 10_000, 1000
+SAMPLED_IMAGES, SAMPLED_OF_STREAM = 64, 8
 # Values that are kept of all images and channels, and the side of the part of an image that they are drawn from.
 MEASURED_VALUES, PART = 2**22, 256
 # Values that are compared with a range that a model brings, of each image, and the share outside it that is refused.
@@ -139,11 +141,11 @@ def set_statistics(
             )
         if setting.nodata is not None:
             image_processor.nodata = setting.nodata
-        check_values(part, column, channels, image_processor)
+        check_values(part, column, channels, image_processor, args)
         depth = depth_of(image_processor)
         logger.info(f"Values are scaled as the checkpoint says: {in_short(list(depth.image_range))} become 0 to 1.")
         return depth
-    are_deep = not plain or _are_deep(part, column)
+    are_deep = not plain or on_main_process(args, lambda: _are_deep(part, column))
     if setting.rule == AUTO and setting.nodata is None and not (is_ours and are_deep):
         if are_deep:
             warn_of_cut(part)
@@ -154,7 +156,7 @@ def set_statistics(
             f" this one's image processor is a {type(image_processor).__name__}."
         )
     if setting.nodata is None:
-        setting = replace(setting, nodata=_told_nodata(part, column))
+        setting = replace(setting, nodata=on_main_process(args, lambda: _told_nodata(part, column)))
     found = on_main_process(args, lambda: _statistics(part, column, channels, setting))
     image_processor.image_range, image_processor.nodata = [list(pair) for pair in found.image_range], setting.nodata
     image_processor.image_mean, image_processor.image_std = found.mean, found.std
@@ -193,20 +195,26 @@ def warn_of_cut(part: Part) -> None:
     )
 
 
-def check_values(part: Part, column: str, channels: int, image_processor) -> None:
+def check_values(part: Part, column: str, channels: int, image_processor, args) -> None:
     """Compares values of some images with what an image processor was made for.
+
+    Args:
+        args: of the run: the first process looks for all.
 
     Raises:
         `ValueError`: when nearly all values lie outside the range of the processor: their scale is another one.
     """
-    depth = depth_of(image_processor)
+    on_main_process(args, lambda: _check_values(part, column, channels, depth_of(image_processor)))
+
+
+def _check_values(part: Part, column: str, channels: int, depth: FullDepth | None) -> None:
     if depth is None:
         if channels in (1, 3) and _are_deep(part, column):
             warn_of_cut(part)
         return
     draw, (low, high) = functools.partial(_draw, channels, CHECKED_VALUES, depth.nodata), np.array(depth.image_range).T
     outside, count = 0, 0
-    for index, source in enumerate(_some(part.records, column, SAMPLED_IMAGES)):
+    for index, source in enumerate(_some(part.records, column)):
         try:
             values, _ = load_image(source, draw, derived_generator(0, STATISTICS, index))
         except UnreadableImageError:
@@ -237,19 +245,20 @@ def _told_nodata(part: Part, column: str) -> float | None:
 
 
 def some_images(records, column: str) -> Iterator[Image.Image]:
-    """At most `SAMPLED_IMAGES` images from all over a data set, opened, but for those that cannot be."""
-    for source in _some(records, column, SAMPLED_IMAGES):
+    """Some images from all over a data set, opened, but for those that cannot be."""
+    for source in _some(records, column):
         try:
             yield open_image(source)
         except Exception:  # whatever a decoder raises: training tells of these
             continue
 
 
-def _some(records, column: str, count: int):
+def _some(records, column: str, count: int | None = None):
     """Sources of so many images, from all over a data set; of a stream the first."""
     if isinstance(records, datasets.IterableDataset):
-        yield from (record[column] for record in itertools.islice(records, count))
+        yield from (record[column] for record in itertools.islice(records, count or SAMPLED_OF_STREAM))
         return
+    count = count or SAMPLED_IMAGES
     for index in np.linspace(0, len(records) - 1, min(count, len(records))).astype(int).tolist():
         yield records[index][column]
 
@@ -298,8 +307,9 @@ def _values_of(part: Part, column: str, channels: int, nodata: float | None) -> 
     if len(types) > 1:
         found = ", ".join(f"{number:,} of {kind} such as {examples[kind]!r}" for kind, number in types.items())
         raise ValueError(
-            f"`{part.argument}` has images whose values are of different types, {found}: their scales differ. Give"
-            " images of one type."
+            f"`{part.argument}` has images whose values are of different types, {found}: their scales differ, unless"
+            " you know better (DICOM is float32 once it is rescaled). Give images of one type, or all of range, mean"
+            " and std in `image_statistics`."
         )
     return np.concatenate(parts), types
 
