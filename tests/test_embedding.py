@@ -154,6 +154,15 @@ def test_an_interrupted_run_goes_on_to_identical_rows(tmp_path, model, monkeypat
     assert not list((tmp_path / "half").rglob("*.writing"))
 
 
+def test_a_relative_name_of_the_folder_goes_on_from_an_absolute_one(tmp_path, model, monkeypatch):
+    write_images(tmp_path / "images", 3)
+    monkeypatch.chdir(tmp_path)
+    expected = embed(tmp_path / "out", model, tmp_path / "images")
+    assert embed(tmp_path / "out", model, "./images/").to_pandas().equals(expected.to_pandas())  # is not refused
+    found = embed(tmp_path / "other", model, "images")
+    assert found.to_pandas().equals(expected.to_pandas())
+
+
 def test_features_of_others_are_not_mixed(tmp_path, model):
     images = tmp_path / "images"
     write_images(images, 3)

@@ -3,6 +3,7 @@
 
 import os
 from collections import Counter, defaultdict, deque
+from pathlib import Path
 
 from PIL import Image, features
 from transformers.utils import logging
@@ -27,7 +28,7 @@ UNKNOWN, HIDDEN, AGAIN, BROKEN, SPECIAL = (
 
 
 def find_images(folder: str, argument: str) -> list[str]:
-    """Names of all image files below a folder, nested or not, in order; logs how many, and what is left out and why.
+    """Absolute names of all image files below a folder, nested or not, in order; logs how many, and what is left out.
 
     Links are followed, and each real file comes once, under its own name if that is below the folder too. Hidden files
     and folders, and folders such as __MACOSX, are left out, as `datasets` does.
@@ -41,7 +42,7 @@ def find_images(folder: str, argument: str) -> list[str]:
         raise ValueError(f"`{argument}` is {folder!r}, which is not a folder.") from None
     except OSError as error:
         raise ValueError(f"`{argument}` is {folder!r}, which cannot be read: {error.strerror}.") from error
-    search = _Search(folder)
+    search = _Search(str(Path(folder).absolute()))  # unlike os.path's, it leaves ".." behind a link to the system
     rest = "".join(f"; {text}" for text in search.left_out_texts())
     if not search.paths:
         raise ValueError(f"`{argument}` is {folder!r}, which holds no image file{rest}.")

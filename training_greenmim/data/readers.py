@@ -227,13 +227,14 @@ def load_class_folders(folder: str, argument: str, source: DataSource = DataSour
         `ValueError`: as in `image_names`, and when an image lies outside the sub-folders.
     """
     paths = image_names(folder, argument, source)
-    names = [os.path.relpath(path, folder).split(os.sep)[0] for path in paths]
-    outside = [path for path, name in zip(paths, names) if path == os.path.join(folder, name)]
+    below = [os.path.relpath(path, folder).split(os.sep) for path in paths]
+    outside = [path for path, parts in zip(paths, below) if len(parts) == 1]
     if outside:
         raise ValueError(
             f"`{argument}` is {folder!r}: {len(outside)} images, such as {os.path.basename(outside[0])!r}, have no"
             " label; each image belongs into a sub-folder named after its class."
         )
+    names = [parts[0] for parts in below]
     features = datasets.Features({"image": ImageFeature(decode=False), LABEL: ClassLabel(names=sorted(set(names)))})
     return datasets.Dataset.from_dict(
         {"image": [{"path": path, "bytes": None} for path in paths], LABEL: names}, features
