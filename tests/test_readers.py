@@ -8,7 +8,9 @@ import zipfile
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image, features
 from torch.utils.data import DataLoader
@@ -394,6 +396,23 @@ def test_parts_of_folders(tmp_path):
     parts = read_records(DataSource(**names), labelled=True)
     assert [part.is_labelled for part in parts.values()] == [True, True, False]
     assert not read_records(DataSource(**names))["train"].is_labelled
+
+
+@pytest.mark.parametrize("tile", [None, 8])
+def test_files_of_several_pages_are_told_of_once(tmp_path, caplog, tile):
+    for name in ("train", "validation"):
+        write_images(tmp_path / name, 3)
+        (tmp_path / name / "0.tif").write_bytes(b"II*\0broken")
+        tifffile.imwrite(tmp_path / name / "1.tif", np.zeros((20, 20), np.uint16))
+        tifffile.imwrite(tmp_path / name / "2.tif", np.zeros((3, 20, 20), np.uint16), photometric="minisblack")
+    folders = {f"{name}_dir": str(tmp_path / name) for name in ("train", "validation")}
+    for _ in range(2):  # as `--recipe auto` reads them twice
+        read_records(DataSource(**folders, tile=tile))
+    text = f"`train_dir`: {tmp_path}/train/2.tif has 3 pages, of which the first is taken; --pages all or as_channels"
+    assert messages(caplog).count("of which the first") == messages(caplog).count(text) == 1
+    caplog.clear()
+    read_records(DataSource(**folders, tile=tile, pages="all"))
+    assert "--pages" not in messages(caplog)
 
 
 def test_parts_of_data_sets(tmp_path):

@@ -4,9 +4,11 @@
 A new source of data is a subclass of `Reader`, in a file of its own, and its line in `READERS`.
 """
 
+import contextlib
 import hashlib
 import importlib.resources
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from ..runs.extras import require
 from .folders import find_images
 from .images import UnreadableImageError, decode, is_address, load_image
 from .parts import split_name
-from .tiles import PAGES, parts_of
+from .tiles import PAGES, count_pages, parts_of
 from .transforms import EvalTransform
 
 
@@ -35,6 +37,9 @@ LABEL = "label"
 
 # How many images a start may find unreadable before it gives up looking for a readable one in a stream.
 FIRST_READABLE_WITHIN = 1000
+
+# Files that are opened to see whether they have several pages.
+LOOKED_FOR_PAGES = 32
 
 # Columns of pixels, `(height, width)` or `(height, width, channels)`.
 ARRAYS = (datasets.Array2D, datasets.Array3D)
@@ -165,7 +170,26 @@ def read_records(source: DataSource, labelled: bool = False, needs_train: bool =
         parts["validation"] = parts.pop("test")
     if source.test_dir:
         parts["test"] = Part(load_folder(source.test_dir, "test_dir", source), "test_dir")
-    return {name: parts[name] for name in ("train", "validation", "test") if name in parts}
+    parts = {name: parts[name] for name in ("train", "validation", "test") if name in parts}
+    if source.pages == PAGES[0]:
+        _tell_of_pages(part for part in parts.values() if part.argument.endswith("_dir"))
+    return parts
+
+
+def _tell_of_pages(folders: Iterable[Part]) -> None:
+    """Logs a hint at `--pages` for the first of some folders where one of a few files has several pages."""
+    for part in folders:
+        step = max(1, len(part.records) // LOOKED_FOR_PAGES)
+        names = [image["path"] for image in part.records[::step]["image"]]
+        for path in dict.fromkeys(split_name(name)[0] for name in names):
+            with contextlib.suppress(Exception):  # whatever a decoder raises: training tells of it
+                count = count_pages(path)
+                if count > 1:
+                    logger.warning_once(
+                        f"`{part.argument}`: {path} has {count} pages, of which the first is taken;"
+                        f" --pages {' or '.join(PAGES[1:])} takes all."
+                    )
+                    return
 
 
 def elpv() -> tuple[datasets.Dataset, datasets.Dataset]:
