@@ -25,7 +25,7 @@ from pydicom.uid import (
 from modeling_greenmim.array_image import ArrayImage
 from tests.test_images import png
 from tests.training_helpers import encoded, noise_image, smooth_image
-from training_greenmim.data import formats
+from training_greenmim.data import formats, parts
 from training_greenmim.data.folders import find_images, image_suffixes
 from training_greenmim.data.formats import dicom, tiff
 from training_greenmim.data.formats.values import Stacked, Upright
@@ -546,6 +546,28 @@ def test_boxes_of_images_of_pillow(tmp_path):
     assert "is not within its" in cause(f"{name}#box=0,0,{width + 1},{height}")
     assert "left, top, right and lower edge are needed" in cause(f"{name}#box=1,2,3")
     assert "images of this format are of one" in cause(f"{name}#page=1")
+
+
+@pytest.mark.parametrize("limit, opened", [(parts.KEPT_PIXELS, 1), (SHAPE[0] * SHAPE[1] - 1, 6)])
+def test_tiles_of_a_file_decode_it_once_unless_it_is_large(limit, opened, tmp_path, monkeypatch):
+    calls, open_file = [], parts.open_file
+    monkeypatch.setattr(parts, "open_file", lambda *arguments: calls.append(arguments) or open_file(*arguments))
+    monkeypatch.setattr(parts, "KEPT_PIXELS", limit)
+    for name, pixels in (("a.png", numbers(3, np.uint8)), ("a.png", numbers(3, np.uint8, seed=1))):
+        Image.fromarray(pixels).save(tmp_path / name)
+        names = parts_of(str(tmp_path / name), tile=35)
+        boxes = [tuple(map(int, tile.rpartition("=")[2].split(","))) for tile in names]
+        for tile, (left, top, right, bottom) in zip(names, boxes, strict=True):
+            assert np.array_equal(np.asarray(open_image(tile)), pixels[top:bottom, left:right])
+        assert len(calls) == opened
+        calls.clear()
+
+
+def test_a_truncated_file_is_unreadable_in_each_of_its_tiles(tmp_path):
+    content = encoded(noise_image(0, *SHAPE))
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    causes = {cause(f"{tmp_path / 'a.png'}#box={edge},0,90,70") for edge in (0, 10)}
+    assert len(causes) == 2 and all("truncated" in text for text in causes)
 
 
 def test_boxes_are_of_the_upright_image(tmp_path):

@@ -22,6 +22,11 @@ from .formats.values import Stacked, Window
 _PART = re.compile(r"#(?:(?:page=(\d+)|(pages))(?:&box=([\d,]+))?|box=([\d,]+))$")
 
 
+# The last file that a part was read from, and how many pixels it may have.
+_last: dict[tuple, Image.Image] = {}
+KEPT_PIXELS = 2**26
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of a file.
@@ -68,10 +73,9 @@ def open_part(source: str | os.PathLike | bytes, part: Part) -> Image.Image:
     Raises:
         `ValueError`: for pages that there are not, or that differ, and for boxes beyond the image.
     """
-    image = _all_pages(source) if part.page is None else open_file(source, part.page)
     if part.box is None:
-        return image
-    image = image if isinstance(image, ArrayImage) else ImageOps.exif_transpose(image)
+        return _opened(source, part.page)
+    image = _upright(source, part.page) if isinstance(source, bytes) else _kept(source, part.page)
     left, top, right, bottom = part.box
     if not (left < right <= image.width and top < bottom <= image.height):
         raise ValueError(f"box={','.join(map(str, part.box))} is not within its {image.width}x{image.height} px")
@@ -80,6 +84,29 @@ def open_part(source: str | os.PathLike | bytes, part: Part) -> Image.Image:
     window = ArrayImage(Window(image.values, part.box))
     window.info = image.info
     return window
+
+
+def _opened(source, page: int | None) -> Image.Image:
+    return _all_pages(source) if page is None else open_file(source, page)
+
+
+def _upright(source, page: int | None) -> Image.Image:
+    image = _opened(source, page)
+    return image if isinstance(image, ArrayImage) else ImageOps.exif_transpose(image)
+
+
+def _kept(path, page: int | None) -> Image.Image:
+    """The upright image of a file, kept until another is asked for: what is decoded as a whole is decoded once."""
+    status = os.stat(path)
+    # Of the process too: those that are forked would share the position in an open file.
+    key = (os.fspath(path), page, status.st_size, status.st_mtime_ns, os.getpid())
+    if key not in _last:
+        _last.clear()
+        image = _upright(path, page)
+        if image.width * image.height > KEPT_PIXELS:
+            return image
+        _last[key] = image
+    return _last[key]
 
 
 def _all_pages(source) -> Image.Image:
