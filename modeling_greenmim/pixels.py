@@ -40,6 +40,7 @@ def to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def _in_pillows_mode(values: np.ndarray) -> Image.Image:
+    dtype = values.dtype
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim == 3 and values.dtype == np.uint16:
@@ -47,5 +48,5 @@ def _in_pillows_mode(values: np.ndarray) -> Image.Image:
     try:
         return Image.fromarray(values)
     except TypeError:
-        shape = "x".join(map(str, values.shape))
-        raise ValueError(f"an image of {shape} values of {values.dtype} is neither grey nor RGB of 8 bits") from None
+        channels = values.shape[2] if values.ndim == 3 else 1
+        raise ValueError(f"{channels} channel(s) of {dtype} are neither grey nor RGB of 8 bits") from None

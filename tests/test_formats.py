@@ -23,6 +23,7 @@ from pydicom.uid import (
 )
 
 from modeling_greenmim.array_image import ArrayImage
+from modeling_greenmim.pixels import to_8_bit
 from tests.test_images import png
 from tests.training_helpers import encoded, noise_image, smooth_image
 from training_greenmim.data import formats, parts
@@ -31,6 +32,7 @@ from training_greenmim.data.formats import dicom, tiff
 from training_greenmim.data.formats.values import Stacked, Upright
 from training_greenmim.data.images import UnreadableImageError, load_image, open_image
 from training_greenmim.data.tiles import count_pages, image_size, parts_of
+from training_greenmim.data.transforms import Geometry, apply_geometry
 
 
 SHAPE = (70, 90)
@@ -411,6 +413,35 @@ def test_a_palette_of_dicom_is_looked_up():
     elements = {f"{name}Descriptor": [256, 0, 16] for name in names}
     elements |= {f"{name}Data": table[:, channel].tobytes() for channel, name in enumerate(names)}
     check(dicom_file(indices, PhotometricInterpretation="PALETTE COLOR", **elements), table[indices])
+
+
+def test_dicom_of_one_bit_is_black_and_white():
+    bits = numbers(dtype=np.uint8, shape=(64, 64)) % 2
+    elements = {"Rows": 64, "Columns": 64, "BitsAllocated": 1, "BitsStored": 1, "HighBit": 0}
+    packed = np.packbits(bits, bitorder="little")[None]
+    for interpretation, expected in (("MONOCHROME2", bits == 1), ("MONOCHROME1", bits == 0)):
+        content = dicom_file(packed, **elements, PhotometricInterpretation=interpretation)
+        assert np.array_equal(values_of(content), expected) and values_of(content).dtype == bool
+        assert np.array_equal(np.asarray(to_8_bit(open_image(content)))[..., 0], 255 * expected)
+
+
+@pytest.mark.parametrize(
+    "elements, text",
+    [
+        ({"BitsAllocated": 12}, "its BitsAllocated is 12; it must be one of 1, 8, 16, 32, 64"),
+        ({"PixelRepresentation": 7}, "its PixelRepresentation is 7; it must be one of None, 0, 1"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "its palette is missing"),
+    ],
+)
+def test_headers_of_dicom_that_say_something_impossible_are_named(elements, text):
+    assert text in cause(dicom_file(numbers(dtype=np.uint8), **elements))
+
+
+def test_why_values_do_not_become_8_bits_does_not_depend_on_the_crop():
+    geometries = [Geometry((0, 0, side, side), (16, 16)) for side in (20, 40)]
+    image = ArrayImage(numbers(5))
+    texts = {cause(image, lambda image, g=g: apply_geometry(image, g, 3)) for g in geometries}
+    assert texts == {"an image without a name (5 channel(s) of uint16 are neither grey nor RGB of 8 bits)"}
 
 
 def test_dicom_that_cannot_be_read():

@@ -56,11 +56,14 @@ def _header(file):
         raise ValueError(
             f"truncated, or no image ({getattr(kind, 'name', 'of no class')}): it lacks {', '.join(missing)}"
         )
+    for name, right in (("BitsAllocated", (1, 8, 16, 32, 64)), ("PixelRepresentation", (None, 0, 1))):
+        if header.get(name) not in right:
+            raise ValueError(f"its {name} is {header.get(name)}; it must be one of {', '.join(map(str, right))}")
     return header
 
 
 def _frames(header) -> int:
-    return int(header.get("NumberOfFrames") or 1)
+    return max(1, int(header.get("NumberOfFrames") or 1))
 
 
 def _image(file, header, number: int) -> ArrayImage:
@@ -72,24 +75,29 @@ def _image(file, header, number: int) -> ArrayImage:
     stored = _stored_type(header)
 
     if interpretation == "PALETTE COLOR":
+        if "RedPaletteColorLookupTableDescriptor" not in header:
+            raise ValueError("its palette is missing")
         bits = header.RedPaletteColorLookupTableDescriptor[2]
         look_up = require("pydicom.pixels", EXTRA).apply_color_lut
         return ArrayImage(Whole((*shape, 3), f"uint{bits}", lambda: look_up(_pixels(file, number), header)))
 
     def decode() -> np.ndarray:
         values = _pixels(file, number)
-        if interpretation == "MONOCHROME1" and stored.kind in "iu":
+        if interpretation == "MONOCHROME1" and stored.kind in "iub":
             lowest = -(2 ** (header.BitsStored - 1)) if stored.kind == "i" else 0
             values = (2**header.BitsStored - 1 + 2 * lowest - values.astype(np.int64)).astype(values.dtype)
+        values = values.astype(bool) if stored.kind == "b" else values
         return values if (slope, intercept) == (1, 0) else (values * slope + intercept).astype(np.float32)
 
     return ArrayImage(Whole(shape, stored if (slope, intercept) == (1, 0) else np.float32, decode))
 
 
 def _stored_type(header) -> np.dtype:
-    """Type of the stored values; floating-point ones have no representation of signs."""
+    """Type of the stored values; floating-point ones have no representation of signs, and one bit is true or false."""
+    if header.BitsAllocated == 1:
+        return np.dtype(bool)
     kind = {None: "float", 0: "uint", 1: "int"}[header.get("PixelRepresentation")]
-    return np.dtype(f"{kind}{max(8, header.BitsAllocated)}")
+    return np.dtype(f"{kind}{header.BitsAllocated}")
 
 
 def _rescaling(header, number: int) -> tuple[np.float64, np.float64]:
