@@ -16,6 +16,7 @@ from skimage.measure import block_reduce
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
 from transformers.image_utils import load_image as load_for_pipelines
 
+import run_image_classification
 import run_mim
 from modeling_greenmim import (
     GreenMIMForImageClassification,
@@ -26,7 +27,18 @@ from modeling_greenmim import (
 )
 from modeling_greenmim.array_image import ArrayImage, FullDepth, at_full_depth, crop_and_resize
 from modeling_greenmim.image_processing_greenmim import build_image_processor
-from tests.training_helpers import OVERRIDES, classify, messages, noise_image, run, tiny_config
+from tests.training_helpers import (
+    OVERRIDES,
+    classification_flags,
+    classify,
+    messages,
+    noise_image,
+    predictions_of,
+    results_of,
+    run,
+    run_in_processes,
+    tiny_config,
+)
 from training_greenmim.classification.augmentation import RGB_ONLY, BatchAugmentation
 from training_greenmim.classification.models import as_evaluated
 from training_greenmim.data.images import UnreadableImageError, load_image, open_image
@@ -596,6 +608,48 @@ def test_tiles_and_pages_are_images_in_both_scripts(tmp_path):
     lines = (classify(tmp_path / "classifier", *both, *more) / "predictions.csv").read_text().splitlines()[1:]
     names = [line.split(",")[0].strip('"') for line in lines]
     assert len(names) == 2 * 2 * 6 and str(folder / "a" / "scan.tif#box=0,0,32,32").startswith(names[0])
+
+
+@pytest.mark.slow
+def test_two_processes_see_each_tile_and_page_once(tmp_path):
+    """Of 2 files with 3 pages of 2 tiles and one of a single tile, 13 in all, which no batch of theirs divides."""
+    rng = np.random.default_rng(0)
+    for name, pages in (("a", 3), ("b", 3), ("c", 1)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        values = rng.integers(0, 4096, (pages, 32, 64 if pages > 1 else 32)).astype(np.uint16)
+        tifffile.imwrite(tmp_path / "images" / name / "scan.tif", values, photometric="minisblack")
+    data = [
+        "--train_dir",
+        tmp_path / "images",
+        "--validation_dir",
+        tmp_path / "images",
+        "--pages",
+        "all",
+        "--tile",
+        32,
+    ]
+    run(tmp_path / "pre", *data, "--do_train", "--max_steps", 1, overrides=f"{OVERRIDES},num_channels=1")
+    flags = [
+        *data,
+        "--model_name_or_path",
+        tmp_path / "pre",
+        "--mode",
+        "knn",
+        "--knn_k",
+        3,
+        "--do_eval",
+        "--do_predict",
+    ]
+    expected = predictions_of(classify(tmp_path / "one", *flags))
+    script = Path(run_image_classification.__file__)
+    run_in_processes(script, classification_flags(tmp_path / "two", *flags))
+    found = predictions_of(tmp_path / "two")
+    assert [line["image"] for line in found] == [line["image"] for line in expected]
+    assert len({line["image"] for line in found}) == len(found) == 13
+    for one, two in zip(expected, found, strict=True):
+        numbers = [[float(line[name]) for name in "abc"] for line in (one, two)]
+        assert np.allclose(*numbers, atol=1e-5)
+    assert results_of(tmp_path / "one")["eval_accuracy"] == results_of(tmp_path / "two")["eval_accuracy"]
 
 
 @pytest.mark.slow
