@@ -256,6 +256,18 @@ def test_images_in_zip_archives_are_read_as_they_lie_there(tmp_path, how, worker
     assert torch.equal(torch.cat([batch["pixel_values"] for batch in batches]), torch.stack(expected))
 
 
+def test_archives_that_cannot_be_read_say_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    with zipfile.ZipFile(tmp_path / "data" / "photos.zip", "w") as archive:
+        for name in ("a", "b"):
+            archive.writestr(f"photos/{name}/0.png", encoded(noise_image(0)))
+    with pytest.raises(ValueError, match=r"Invalid string class label .* to be unpacked and given as `train_dir`"):
+        read_records(DataSource(dataset_name=str(tmp_path / "data")), labelled=True)
+    with pytest.raises(ValueError, match=r"`train_dir` is .*, which is not a folder but an archive; unpack it"):
+        read_records(DataSource(train_dir=str(tmp_path / "data" / "photos.zip")))
+
+
 def test_an_archive_is_opened_once(tmp_path, monkeypatch):
     archive, opened = write_zip(tmp_path / "photos.zip", 6), []
     filesystem = images.fsspec.filesystem

@@ -2,6 +2,8 @@
 """Image files below a folder: each real file once, and a word on everything that is left out."""
 
 import os
+import tarfile
+import zipfile
 from collections import Counter, defaultdict, deque
 from pathlib import Path
 
@@ -39,7 +41,9 @@ def find_images(folder: str, argument: str) -> list[str]:
     try:
         os.scandir(folder).close()
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"`{argument}` is {folder!r}, which is not a folder.") from None
+        is_archive = os.path.isfile(folder) and (zipfile.is_zipfile(folder) or tarfile.is_tarfile(folder))
+        rest = " but an archive; unpack it, or name the folder that it lies in as `dataset_name`" * is_archive
+        raise ValueError(f"`{argument}` is {folder!r}, which is not a folder{rest}.") from None
     except OSError as error:
         raise ValueError(f"`{argument}` is {folder!r}, which cannot be read: {error.strerror}.") from error
     search = _Search(str(Path(folder).absolute()))  # unlike os.path's, it leaves ".." behind a link to the system

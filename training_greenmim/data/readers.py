@@ -115,6 +115,8 @@ class DatasetReader(Reader):
             reason = str(error)
             if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
                 reason = f"{reason}: {error.__cause__}"  # itself it only tells that there was an error
+            if "Invalid string class label" in reason:
+                reason += ". An archive with a folder for each class is to be unpacked and given as `train_dir`"
             raise ValueError(f"`dataset_name` is {name!r}{given}, which cannot be loaded: {reason}") from error
         return {split: Part(records, "dataset_name") for split, records in found.items()}
 
