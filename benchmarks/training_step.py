@@ -239,21 +239,13 @@ def peak_memory_of_this_process(device: str) -> float:
     return int(line.split()[1]) * 1024 / 1e9
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments that say which models are compared, and on what."""
     parser.add_argument("--task", choices=list(TASKS), default="pretraining")
     parser.add_argument("--size", choices=list(SIZES), default="base", help="of the Swin transformers")
-    parser.add_argument("--inference", action="store_true", help="forward passes alone (--task classification)")
     parser.add_argument("--compile", action="store_true", help="torch.compile all models")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32"], help="bf16 = autocast")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each model")
-    parser.add_argument("--steps_per_round", type=int, default=1)
-    parser.add_argument("--no_memory", action="store_true", help="skip peak memory")
-    parser.add_argument("--memory_only", action="store_true", help="skip times")
-    parser.add_argument("--energy", metavar="COUNTRY", help="measure energy too; three letters of the country, as DEU")
     parser.add_argument("--reference", help="folder of a checkout of the published code")
     parser.add_argument(
         "--reference_factory",
@@ -261,6 +253,31 @@ def parse_arguments() -> argparse.Namespace:
         help="module.function in that folder that builds its Swin-B for pre-training",
     )
     parser.add_argument("--peers", nargs="*", help="names of the models to compare with; default: all")
+
+
+def chosen_builders(args) -> dict[str, Callable]:
+    """What builds each model that the arguments name; a message and the end for unknown names."""
+    builders = dict(TASKS[args.task])
+    if args.reference:
+        builders["reference"] = reference
+    if args.peers is None:
+        return builders
+    if unknown := set(args.peers) - set(builders):
+        sys.exit(f"--peers {' '.join(unknown)}: this task has {', '.join(builders)}; reference needs --reference.")
+    return {name: build for name, build in builders.items() if name in ("greenmim", *args.peers)}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.add_argument("--inference", action="store_true", help="forward passes alone (--task classification)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each model")
+    parser.add_argument("--steps_per_round", type=int, default=1)
+    parser.add_argument("--no_memory", action="store_true", help="skip peak memory")
+    parser.add_argument("--memory_only", action="store_true", help="skip times")
+    parser.add_argument("--energy", metavar="COUNTRY", help="measure energy too; three letters of the country, as DEU")
     parser.add_argument("--output", help="JSON file for the results")
     parser.add_argument("--measure_memory_of", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -272,13 +289,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures and prints a table."""
     args = parse_arguments()
-    builders = dict(TASKS[args.task])
-    if args.reference:
-        builders["reference"] = reference
-    if args.peers is not None:
-        if unknown := set(args.peers) - set(builders):
-            sys.exit(f"--peers {' '.join(unknown)}: this task has {', '.join(builders)}; reference needs --reference.")
-        builders = {name: build for name, build in builders.items() if name in ("greenmim", *args.peers)}
+    builders = chosen_builders(args)
     if args.measure_memory_of:
         print(measure_memory(builders[args.measure_memory_of], args))
         return

@@ -7,7 +7,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_greenmim import GreenMIMConfig
-from .layout import move_tokens, take_tokens
+from .layout import move_tokens, split_heads, take_tokens
 from .plans import GroupPlan, has_padding
 
 
@@ -90,9 +90,7 @@ class GreenMIMWindowAttention(nn.Module):
         qkv = self.qkv(hidden_states)
         if has_padding(plan):
             qkv = self._to_slots(qkv, plan)
-        # (batch, groups * slots, 3 * width) -> (batch, heads * groups, slots, head_dim) each, in one copy
-        qkv = qkv.unflatten(2, (3, self.num_heads, -1)).unflatten(1, (num_groups, -1))
-        query, key, value = qkv.permute(3, 0, 4, 1, 2, 5).flatten(2, 3).unbind()
+        query, key, value = split_heads(qkv, self.num_heads, num_groups)
         output, weights = attend(self, query, key, value, self.bias(plan, query.dtype))
         output = output.unflatten(2, (self.num_heads, -1)).permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)
         if moves:

@@ -128,3 +128,34 @@ def move_tokens(tokens: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor
             named there must have no gradient.
     """
     return _MoveTokens.apply(tokens, index, inverse)
+
+
+class _SplitHeads(torch.autograd.Function):
+    """`split_heads`, whose gradient is put together in one copy: autograd's own makes a second one of all of it."""
+
+    @staticmethod
+    def forward(qkv, num_heads, num_groups):
+        # (batch, groups, slots, 3, heads, head_dim) -> (3, batch, heads, groups, slots, head_dim)
+        qkv = qkv.unflatten(2, (3, num_heads, -1)).unflatten(1, (num_groups, -1)).permute(3, 0, 4, 1, 2, 5)
+        return qkv.flatten(2, 3).unbind()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.num_heads = inputs[1]
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grads = [grad.unflatten(1, (ctx.num_heads, -1)).permute(0, 2, 3, 1, 4) for grad in grads]
+        return torch.stack(grads, 3).flatten(3).flatten(1, 2), None, None
+
+
+def split_heads(qkv: torch.Tensor, num_heads: int, num_groups: int) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values, with groups folded into the heads.
+
+    Args:
+        qkv: `(batch, groups * slots, 3 * width)`.
+
+    Returns:
+        Three times `(batch, heads * groups, slots, head_dim)`.
+    """
+    return _SplitHeads.apply(qkv, num_heads, num_groups)

@@ -1,0 +1,153 @@
+"""Kernels, memory traffic and operations of a training step, counted: they are the same on any machine.
+
+A step is forward and backward, without the optimizer. Tensors have shapes and no values, so nothing is computed and
+Swin-B at batch 64 takes seconds. A kernel is a call of an operator that is no view; its traffic is what it reads and
+writes, each tensor once; operations are those of matrix products and attention, as torch counts them. With --compile
+the traffic is what inductor counts for the kernels that it makes, products included.
+
+    python benchmarks/counters.py                            # ours, SimMIM and MAE: pre-training, batch 64, bf16
+    python benchmarks/counters.py --by_operator              # and where it comes from
+    python benchmarks/counters.py --reference DIR            # and a checkout of the published code, which is computed
+    python benchmarks/counters.py --task classification --size tiny
+    python benchmarks/counters.py --peers --compile          # ours alone, compiled
+"""
+
+import argparse
+import collections
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch._inductor import metrics
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from training_step import IMAGE_SIZE, add_model_arguments, chosen_builders, random_plan
+
+from modeling_greenmim import GreenMIMForPreTraining
+
+
+# They touch no memory: they name it, or ask where it is.
+NOT_KERNELS = {"_unsafe_view", "device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operators that run inside it.
+
+    Attributes:
+        kernels, traffic, flops: calls, bytes and operations by the name of the operator.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.traffic, self.flops = (collections.Counter() for _ in range(3))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Runs an operator and counts it."""
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        packet = function.overloadpacket
+        if not function.is_view and packet.__name__ not in NOT_KERNELS:
+            self.kernels[packet.__name__] += 1
+            touched = [*_tensors((args, kwargs)), *_tensors(result)]  # what is changed in place counts twice
+            self.traffic[packet.__name__] += sum(tensor.numel() * tensor.element_size() for tensor in touched)
+            if packet in flop_registry:
+                self.flops[packet.__name__] += flop_registry[packet](*args, **kwargs, out_val=result)
+        return result
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    """The tensors of arguments or results, each once."""
+    return list({id(leaf): leaf for leaf in tree_leaves(tree) if torch.is_tensor(leaf)}.values())
+
+
+def count(build: Callable, args, dtype: str, computed: bool = False) -> Counter:
+    """Counts of forward and backward of a batch.
+
+    Args:
+        build: gives a model and the loss of images, as those of `training_step.TASKS`.
+        args: `batch_size`, `size` and what else the builder reads.
+        dtype: fp32, or bf16 for autocast.
+        computed: with values, for code that looks at them.
+    """
+    torch.manual_seed(0)
+    model, loss_of = build(args)
+    model.train()
+    if isinstance(model, GreenMIMForPreTraining):
+        plan = random_plan(model.config)  # the data loader's work
+        loss_of = lambda images: model(images, plan=plan).loss  # noqa: E731
+    mode = nullcontext() if computed else FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        if not computed:
+            _forget_values(model, mode)
+        images = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
+        with Counter() as counter:
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+                loss = loss_of(images)
+            loss.backward()
+    return counter
+
+
+def _forget_values(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Leaves the parameters and buffers of a model nothing but their shapes."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = nn.Parameter(mode.from_tensor(parameter.data), requires_grad=parameter.requires_grad)
+            setattr(module, name, fake)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, mode.from_tensor(buffer))
+
+
+def traffic_of_compiled(build: Callable, args, dtype: str) -> int:
+    """Bytes that inductor counts for the kernels of forward and backward, which are compiled and run once."""
+    torch.manual_seed(0)
+    model, loss_of = build(args)
+    model.train().compile()
+    images = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
+    metrics.reset()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        loss = loss_of(images)
+    loss.backward()
+    return metrics.num_bytes_accessed
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+    parser.set_defaults(batch_size=64, dtype=["bf16"])
+    parser.add_argument("--by_operator", action="store_true", help="a table of GreenMIM's operators too")
+    args = parser.parse_args()
+    args.inference, args.device = False, "cpu"
+    return args
+
+
+def main() -> None:
+    """Counts and prints a table."""
+    args = parse_arguments()
+    print(f"| {args.task}, {args.size}, batch {args.batch_size} | kernels | MB an image | GFLOP an image |")
+    print("| --- " * 4 + "|")
+    for dtype in args.dtype:
+        for name, build in chosen_builders(args).items():
+            if args.compile:
+                traffic = traffic_of_compiled(build, args, dtype) / args.batch_size / 1e6
+                print(f"| {name}, {dtype}, compiled | | {traffic:.0f} | |", flush=True)
+                continue
+            counter = count(build, args, dtype, computed=name == "reference")
+            per_image = [sum(values.values()) / args.batch_size for values in (counter.traffic, counter.flops)]
+            kernels = sum(counter.kernels.values())
+            print(
+                f"| {name}, {dtype} | {kernels:,} | {per_image[0] / 1e6:.0f} | {per_image[1] / 1e9:.1f} |", flush=True
+            )
+            if name == "greenmim":
+                ours = counter
+    if args.by_operator and not args.compile:
+        print("\n| operator | calls | MB an image |\n| --- | --- | --- |")
+        for name, traffic in ours.traffic.most_common():
+            print(f"| `{name}` | {ours.kernels[name]} | {traffic / args.batch_size / 1e6:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+# Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Kernels and memory traffic of a training step: that they are counted right, and that they do not grow unseen."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture
+def counters(monkeypatch):
+    """The benchmark that counts."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import counters
+
+    yield counters
+    for name in ("counters", "training_step"):
+        sys.modules.pop(name, None)
+
+
+def test_a_layer_by_hand(counters):
+    """Forward reads input, weight and bias and writes the output; views are free, and what changes in place counts
+    as read and as written."""
+    layer, inputs = nn.Linear(8, 16), torch.randn(4, 8)
+    with counters.Counter() as counter:
+        outputs = layer(inputs).view(64)
+        outputs.add_(1)
+    assert counter.kernels == {"addmm": 1, "add_": 1}
+    assert counter.traffic == {"addmm": 4 * (4 * 8 + 8 * 16 + 16 + 4 * 16), "add_": 2 * 4 * 64}
+    assert counter.flops == {"addmm": 2 * 4 * 8 * 16}
+
+
+def of_greenmim(counters, batch: int, computed: bool = False, **changes):
+    """Counts of a step of ours in bf16."""
+    args = argparse.Namespace(
+        task="pretraining", batch_size=batch, device="cpu", compile=False, inference=False, reference=None, peers=[]
+    )
+    vars(args).update(changes)
+    return counters.count(counters.chosen_builders(args)["greenmim"], args, "bf16", computed)
+
+
+def test_values_change_nothing(counters):
+    """What is counted without values is what runs with them, but for statistics of norms, which are fp32 there."""
+    counted, ran = (of_greenmim(counters, 2, computed, size="tiny") for computed in (False, True))
+    assert counted.kernels == ran.kernels
+    assert counted.flops == ran.flops
+    for name, traffic in ran.traffic.items():
+        assert counted.traffic[name] == pytest.approx(traffic, rel=0.01), name
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "batch", "kernels", "megabytes"),
+    [("pretraining", "base", 64, 1796, 290.5), ("classification", "tiny", 16, 886, 515.6)],
+)
+def test_a_step_does_not_grow(counters, task, size, batch, kernels, megabytes):
+    """2 % around what docs/performance.md says: change both where a step becomes leaner."""
+    counter = of_greenmim(counters, batch, task=task, size=size)
+    assert sum(counter.kernels.values()) == pytest.approx(kernels, rel=0.02)
+    assert sum(counter.traffic.values()) / batch / 1e6 == pytest.approx(megabytes, rel=0.02)
