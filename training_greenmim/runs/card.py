@@ -30,7 +30,7 @@ CITATION = """## Citation
 ```
 """
 FULL_DEPTH = """It sees all values of images, on the scale below. Pipelines cut files to 8 bits, so open them by the
-image processor: `open_image(file_or_array)`; arrays are (height, width, channels).
+image processor: `open_image(file_or_array)`, files of Pillow, `.npy`, or arrays (height, width, channels).
 
 """
 RUN = """## Data
@@ -280,8 +280,8 @@ def _licence(facts: RunFacts) -> str:
     weights = f" of the weights that it started from, {', '.join(origins)}" if origins else ""
     if facts.license_name:
         return f"The licence of the images holds for the model{f', and so does that{weights}' if weights else ''}."
-    chosen = "The licence of the model (`license` in the head of this card) is for its publisher to choose, within"
-    return f"{chosen} that of the images{f' and that{weights}' if weights else ''}."
+    bound = f"that of the images{f' and that{weights}' if weights else ''}"
+    return f"Which licence the model has (`license` at the head of this card) its publisher says, within {bound}."
 
 
 def _and_from(facts: RunFacts, teacher) -> str:
