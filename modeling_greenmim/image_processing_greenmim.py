@@ -5,7 +5,7 @@ import os
 from os import PathLike
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import BatchFeature, ViTImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.processing_utils import ImagesKwargs
@@ -51,12 +51,22 @@ class GreenMIMImageProcessorPil(ViTImageProcessorPil):
 
         8-bit, grey or RGB, without `image_range` (see `to_8_bit`), else in full depth:
         `pipe(pipe.image_processor.open_image("scan.png"))`. Pipelines themselves make images of 16 bits white.
+
+        Raises:
+            `ValueError`: for files of other formats than Pillow's and `.npy`.
         """
         if isinstance(source, np.ndarray):
             source = ArrayImage(source)
         elif isinstance(source, (str, PathLike)) and str(source).endswith(".npy"):
             source = ArrayImage(np.load(source, mmap_mode="r"))
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        try:
+            image = source if isinstance(source, Image.Image) else Image.open(source)
+        except UnidentifiedImageError as error:
+            raise ValueError(
+                f"{str(source)!r} is no file that Pillow or NumPy reads: give its values as an array (height, width,"
+                " channels). What training reads, such as DICOM, is opened by"
+                " `training_greenmim.data.images.open_image`, and then taken here."
+            ) from error
         image = ImageOps.exif_transpose(image)
         return to_8_bit(image) if self.image_range is None else at_full_depth(image, len(self.image_range))
 

@@ -27,6 +27,7 @@ from modeling_greenmim import (
 )
 from modeling_greenmim.array_image import ArrayImage, FullDepth, at_full_depth, crop_and_resize
 from modeling_greenmim.image_processing_greenmim import build_image_processor
+from tests.test_formats import dicom_file, saved
 from tests.training_helpers import (
     OVERRIDES,
     classification_flags,
@@ -37,6 +38,7 @@ from tests.training_helpers import (
     results_of,
     run,
     run_in_processes,
+    smooth_image,
     tiny_config,
 )
 from training_greenmim.classification.augmentation import RGB_ONLY, BatchAugmentation
@@ -46,7 +48,7 @@ from training_greenmim.data.readers import Part
 from training_greenmim.data.scaling import scaling_of
 from training_greenmim.data.statistics import StatisticsSetting, check_values, depth_of, set_statistics
 from training_greenmim.data.transforms import EvalTransform, Geometry, TrainTransform, apply_geometry
-from training_greenmim.pretraining.pictures import picture_grid
+from training_greenmim.pretraining.pictures import picture_grid, reconstruct
 from training_greenmim.randomness import derived_generator
 from training_greenmim.runs.arguments import MIMTrainingArguments, parse_arguments
 
@@ -241,6 +243,17 @@ def test_the_order_of_channels_is_kept():
     processor.image_range, processor.image_mean, processor.image_std = [[0, 4095]] * 5, [0.4] * 5, [0.2] * 5
     straight, turned = (processor(part, return_tensors="pt").pixel_values for part in (values, values[..., ::-1]))
     assert (straight == turned.flip(1)).all() and not (straight == turned).all()
+
+
+def test_files_that_pillow_does_not_know_are_to_be_arrays(tmp_path):
+    write_dicom(tmp_path / "scan.dcm", values_of(1, 75, 83)[..., 0])
+    with pytest.raises(
+        ValueError, match=r"scan\.dcm' is no file that Pillow or NumPy reads: give its values as an ar"
+    ):
+        processor_of(1).open_image(str(tmp_path / "scan.dcm"))
+    opened = open_image(str(tmp_path / "scan.dcm"))  # by the reader of training
+    expected = processor_of(1)(values_of(1, 75, 83), return_tensors="pt").pixel_values
+    assert (processor_of(1)(processor_of(1).open_image(opened), return_tensors="pt").pixel_values == expected).all()
 
 
 def test_images_that_were_cut_to_8_bits_are_refused():
@@ -575,6 +588,72 @@ def test_many_channels_from_pre_training_to_a_classifier_in_pipelines_and_onnx(c
     assert (given == pixel_values.numpy()).all()
     logits = session.run(None, {session.get_inputs()[0].name: given})[0]
     assert np.allclose(logits, model(pixel_values).logits.detach(), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_files_that_are_not_like_the_others_are_named_and_counted(tmp_path, caplog):
+    """Whatever is wrong with them, a run goes on without them and tells of each."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    values = [values_of(1, seed=seed)[..., 0] for seed in range(6)]
+    for number, one in enumerate(values):
+        np.save(folder / f"{number}.npy", one)
+    tiff, scan = saved(tifffile.imwrite, values[0]), dicom_file(values[0])
+    wrong = {
+        "bands.npy": (saved(np.save, values_of(4)), "it has 4 channel(s), but the model takes 1"),
+        "cut.tif": (tiff[:-500], "truncated: its pixels end at byte"),
+        "cut.dcm": (scan[:-500], "truncated"),
+        "lossless.dcm": (dicom_file(values[0], pydicom.uid.JPEGLossless, b"\xff\xd8\xff\xd9"), "JPEG Lossless"),
+    }
+    for name, (content, _) in wrong.items():
+        (folder / name).write_bytes(content)
+    more = ["--config_name", "tiny", "--num_train_epochs", 1]
+    output = run(tmp_path / "run", "--train_dir", folder, "--do_train", *more, overrides=f"{OVERRIDES},num_channels=1")
+    log = messages(caplog)
+    for name, (_, cause) in wrong.items():
+        assert any(name in line and cause in line for line in log.splitlines()), (name, log)
+    assert f"{len(wrong)} of them could not be read" in (output / "README.md").read_text()
+
+
+def write_waves(folder: Path, channels: int, count: int = 24) -> Path:
+    """Smooth photographs; each channel is another function of red, green and blue, in a range of its own."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        colours = np.asarray(smooth_image(64, 64 + 16 * number)).astype(np.float32)[:, 8 * number :][:, :64]
+        bands = [colours[..., band % 3] ** (1 + band % 2) * (band + 1) for band in range(channels)]
+        bands = [1000 * (band + 1) - values if band % 4 == 3 else values for band, values in enumerate(bands)]
+        np.save(folder / f"{number:02}.npy", np.stack(bands, axis=-1).astype(np.float32))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [4, 13])
+def test_each_channel_is_reconstructed_and_in_its_place(channels, tmp_path):
+    folder = write_waves(tmp_path / "images", channels)
+    more = ["--config_name", "tiny", "--max_steps", 250, "--min_crop_scale", 1]
+    more += ["--per_device_train_batch_size", 8, "--logging_steps", 50]
+    changes = f"{OVERRIDES},num_channels={channels},norm_pix_loss=false,mask_ratio=0.5"
+    output = run(tmp_path / "pre", "--train_dir", folder, "--do_train", *more, overrides=changes)
+    model, processor = (
+        GreenMIMForPreTraining.from_pretrained(output).eval(),
+        AutoImageProcessor.from_pretrained(output),
+    )
+    images = torch.cat([processor(np.load(path), return_tensors="pt").pixel_values for path in folder.iterdir()])
+    noise = torch.rand(1, 16, generator=torch.Generator().manual_seed(0))
+
+    def errors(order: list[int]) -> torch.Tensor:
+        """Of each channel as the model has them, in hidden units, relative to its variance there."""
+        given = images[:, order]
+        with torch.no_grad():
+            outputs = model(given, noise=noise)
+        _, found = reconstruct(model, given, outputs.logits, outputs.mask)
+        hidden = (found != given).any(dim=1, keepdim=True).expand_as(given)
+        parts = [(found[:, c][hidden[:, c]], given[:, c][hidden[:, c]]) for c in range(channels)]
+        return torch.stack([(one - other).square().mean() / other.var() for one, other in parts])
+
+    straight = errors(list(range(channels)))
+    assert straight.max() < 0.8 and straight.mean() < 0.4, "1 is what the mean of each channel would come to"
+    assert errors([*range(1, channels), 0]).mean() > 2 * straight.mean()
 
 
 @pytest.mark.slow

@@ -168,7 +168,11 @@ def test_folders_names_and_tokens(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("license: cc-by-nc-4.0\n", "", r"has no license in its metadata\.$"),
+        (
+            "license: cc-by-nc-4.0\n",
+            "",
+            r"has no license in its metadata\. Write `license: ...` there, .* images allow\.$",
+        ),
         ("library_name: transformers\n", "", "has no library_name in its metadata"),
         ("license: cc-by-nc-4.0\nlibrary", "license: null\nlibrary", "has no license in its metadata"),
         ("license: cc-by-nc-4.0", "license: [", "README.md' cannot be read"),
@@ -232,5 +236,5 @@ def test_what_a_run_started_from_binds_its_licence(origin, own, is_right, tmp_pa
             complete_card(folder, REPO)
     if origin == "gpl-3.0":
         (folder / "README.md").write_text(CARD.replace("license: cc-by-nc-4.0\n", "") + row)
-        with pytest.raises(CheckpointError, match=r"has no license .* made from is under gpl-3\.0"):
+        with pytest.raises(CheckpointError, match=r"has no license .* made from, which is under gpl-3\.0"):
             complete_card(folder, REPO)

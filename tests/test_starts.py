@@ -23,10 +23,12 @@ from transformers import (
 
 import run_image_classification
 import run_mim
-from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining, GreenMIMModel
-from modeling_greenmim.conversion import export_model, import_checkpoint
+from modeling_greenmim import GreenMIMBackbone, GreenMIMForImageClassification, GreenMIMForPreTraining, GreenMIMModel
+from modeling_greenmim.conversion import CheckpointError, export_model, import_checkpoint
+from modeling_greenmim.conversion.releasing import complete_card
 from tests.hub_server import serve
-from tests.test_conversion import TINY, official_shapes, random_weights, write_official
+from tests.test_conversion import TINY, encoder_shapes, official_shapes, random_weights, write_official
+from tests.test_resizing import resized
 from tests.test_teacher import write_teacher
 from tests.training_helpers import (
     OVERRIDES,
@@ -42,6 +44,7 @@ from tests.training_helpers import (
 from tests.training_helpers import weights as weights_of
 from training_greenmim.pretraining.teacher import load_teacher
 from training_greenmim.runs.arguments import parse_arguments
+from training_greenmim.runs.starts import start_of
 
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +85,35 @@ def write_timm(folder, **pretrained_cfg):
     return folder / "timm"
 
 
+def write_simmim(folder) -> Path:
+    """As SimMIM's own pre-training writes it."""
+    weights = random_weights(encoder_shapes(**TINY))
+    weights["layers.0.blocks.1.attn_mask"] = torch.zeros(4, 16, 16)  # of 4 windows: tells the size of images
+    weights = {f"encoder.{name}": tensor for name, tensor in weights.items()}
+    weights |= {"encoder.mask_token": torch.zeros(1, 1, 8), "decoder.0.weight": torch.zeros(192, 16, 1, 1)}
+    torch.save({"model": weights | {"decoder.0.bias": torch.zeros(192)}}, folder / "simmim.pth")
+    return folder / "simmim.pth"
+
+
+def write_twins(folder, model_class, to: str, file: str) -> Path:
+    torch.manual_seed(3)
+    # Heads and windows are those that files of Twins are taken to have: 32 wide, and of 7 tokens a side.
+    config = tiny_config(backbone_type="twins", embed_dim=32, window_size=7, num_labels=3)
+    model_class(config).save_pretrained(folder / "twins")
+    export_model(str(folder / "twins"), to, str(folder / file))
+    return folder / file
+
+
+def write_timm_twins(folder) -> Path:
+    (folder / "timm").mkdir()
+    write_twins(folder, GreenMIMForImageClassification, "timm", "model.safetensors").rename(
+        folder / "timm" / "model.safetensors"
+    )
+    values = {"architecture": "twins_svt_small", "num_classes": 3, "pretrained_cfg": {"input_size": [3, 32, 32]}}
+    (folder / "timm" / "config.json").write_text(json.dumps(values))
+    return folder / "timm"
+
+
 SOURCES = {
     "swin": write_swin,
     "swin classifier": lambda folder: write_swin(folder, SwinForImageClassification, num_labels=3),
@@ -90,8 +122,12 @@ SOURCES = {
     "timm file": lambda folder: write_exported(folder, "timm"),
     "timm folder": lambda folder: write_timm(folder),
     "microsoft": lambda folder: write_exported(folder, "microsoft-swin"),
+    "simmim file": write_simmim,
     "official": lambda folder: write_official(folder / "official.pth", random_weights(official_shapes(**TINY))),
+    "official twins": lambda folder: write_twins(folder, GreenMIMForPreTraining, "original", "twins.pth"),
+    "timm twins folder": write_timm_twins,
 }
+OURS = {"encoder": GreenMIMModel, "backbone": GreenMIMBackbone, "classifier": GreenMIMForImageClassification}
 
 
 def built(name, *flags) -> tuple:
@@ -109,13 +145,22 @@ def image(channels: int = 3, height: int = 32, width: int = 32) -> torch.Tensor:
 # From what
 
 
+def converted(path: Path, output: Path):
+    """The model that the conversion itself makes of a source."""
+    if path.name != "timm":
+        return import_checkpoint(str(path), str(output))
+    size = json.loads((path / "config.json").read_text())["pretrained_cfg"].get("input_size")
+    told = {"image_size": size[-1]} if size else {}
+    return import_checkpoint(str(path / "model.safetensors"), str(output), **told)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_run_starts_from_any_swin_as_from_its_conversion(tmp_path, source):
     (tmp_path / "source").mkdir()
     path = SOURCES[source](tmp_path / "source")
     model, processor, _, origin = built(path)
-    weights = path / "model.safetensors" if source == "timm folder" else path
-    expected = import_checkpoint(str(weights), str(tmp_path / "converted"))
+    expected = converted(path, tmp_path / "converted")
     encoder = getattr(expected, "greenmim", expected)
     assert isinstance(model, GreenMIMForPreTraining)
     torch.testing.assert_close(model.greenmim(image()).pooler_output, encoder(image()).pooler_output)
@@ -124,6 +169,37 @@ def test_a_run_starts_from_any_swin_as_from_its_conversion(tmp_path, source):
         assert torch.equal(tensor, again.state_dict()[name]), name
     side = expected.config.image_size
     assert dict(processor.size) == {"height": side, "width": side} and origin.startswith(f"`{path}` (")
+    noise = torch.rand(1, 16, generator=torch.Generator().manual_seed(6))
+    losses = [one.eval()(image(), noise=noise).loss for one in (model, again)]
+    assert torch.equal(*losses) and losses[0].isfinite()
+    if isinstance(expected, GreenMIMForPreTraining):  # the decoder came with it
+        torch.testing.assert_close(losses[0], expected.eval()(image(), noise=noise).loss)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", OURS)
+def test_a_run_starts_from_our_own_models_by_what_they_hold(tmp_path, kind):
+    """The encoder is what was saved; a backbone has the encoder's last norm as that of its last stage."""
+    start = write_pretrained(tmp_path / "start")
+    own = OURS[kind].from_pretrained(start, ignore_mismatched_sizes=True)
+    own.save_pretrained(tmp_path / kind)
+    expected = GreenMIMModel.from_pretrained(start)(image()).last_hidden_state
+    found = built(tmp_path / kind)[0].eval().greenmim(image()).last_hidden_state
+    torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["timm file", "timm folder", "microsoft", "timm twins folder"])
+def test_classifiers_of_others_keep_their_logits(tmp_path, source):
+    (tmp_path / "source").mkdir()
+    path = SOURCES[source](tmp_path / "source")
+    arguments = run_image_classification.ModelArguments(model_name_or_path=str(path))
+    model, _, _ = run_image_classification.build_model(arguments, None)
+    expected = converted(path, tmp_path / "converted")
+    assert isinstance(expected, GreenMIMForImageClassification)
+    found = model.eval()(image()).logits
+    torch.testing.assert_close(found, expected.eval()(image()).logits, atol=1e-5, rtol=1e-4)
+    assert found.shape == (1, 3) and found.std() > 1e-3
 
 
 @pytest.mark.parametrize("model_class", [SwinModel, SwinForImageClassification, SwinForMaskedImageModeling])
@@ -214,6 +290,29 @@ def test_image_and_window_change(tmp_path):
     expected = GreenMIMModel.from_pretrained(tmp_path / "converted", image_size=[48, 64], window_size=3)
     images = image(height=48, width=64)
     torch.testing.assert_close(model.greenmim(images).pooler_output, expected(images).pooler_output)
+
+
+@torch.no_grad()
+def test_a_swin_of_224_px_goes_on_at_256x320_px_and_window_8(tmp_path):
+    """Against Transformers' Swin at that size, whose tables the tests interpolate themselves."""
+    theirs = SwinModel(SwinConfig(**{**SWIN, "image_size": 224, "window_size": 7})).eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    theirs.save_pretrained(tmp_path / "swin")
+    model, processor, _, _ = built(
+        tmp_path / "swin", "--config_overrides", "image_size=[256,320],window_size=8,layer_norm_eps=1e-5"
+    )
+    expected = SwinModel(SwinConfig(**{**SWIN, "image_size": [256, 320], "window_size": 8})).eval()
+    weights = theirs.state_dict()
+    for name, tensor in weights.items():
+        if name.endswith("bias_table"):
+            weights[name] = resized(tensor, 8).float()
+    fresh = {name: tensor for name, tensor in expected.state_dict().items() if name.endswith("index")}
+    expected.load_state_dict(weights | fresh)
+    images = image(height=256, width=320)
+    assert dict(processor.size) == {"height": 256, "width": 320}
+    found = model.eval().greenmim(images).last_hidden_state
+    torch.testing.assert_close(found, expected(images).last_hidden_state, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -342,6 +441,11 @@ def test_a_run_from_other_weights_tells_of_it_and_resumes(tmp_path):
     card = (tmp_path / "run-0" / "README.md").read_text()
     assert f"`{path}` (Transformers' Swin, converted, licence: mit)" in card
     assert "comes from the images below and from the weights it started from" in " ".join(card.split())
+    assert "within that of the images and that of the weights that it started from, mit." in card
+    with start_of(str(tmp_path / "run-0"), "model_name_or_path") as again:
+        assert again.origin.endswith("run-0` (licence: mit)"), "a licence is not lost on the way"
+    with pytest.raises(CheckpointError, match=r"no license .* its images allow, and what .* which is under mit"):
+        complete_card(tmp_path / "run-0", "you/mine")
     before = load_file(tmp_path / "run-0" / "model.safetensors")
     (tmp_path / "run-0" / "checkpoint-2").rename(tmp_path / "gone")
     flags = ("--train_dir", tmp_path / "images", "--model_name_or_path", path, "--do_train", "--max_steps", 2)

@@ -120,13 +120,14 @@ def complete_card(folder: Path, repo: str) -> str:
     if missing:
         hint = ""
         if "license" in missing:
-            origins = _licences_of_origin(card.text)
-            hint = f" What the model was made from is under {', '.join(origins)}." if origins else ""
+            origins = licences_of_origin(card.text)
+            hint = " Write `license: ...` there, one that its images allow"
+            hint += f", and what the model was made from, which is under {', '.join(origins)}." if origins else "."
         raise CheckpointError(f"{what} has no {', '.join(missing)} in its metadata.{hint}")
     unfinished = dict.fromkeys(UNFINISHED.findall(card.content))
     if unfinished:
         raise CheckpointError(f"{what} is not finished: it has {', '.join(map(repr, unfinished))}.")
-    for origin in _licences_of_origin(card.text):
+    for origin in licences_of_origin(card.text):
         if not _may_carry(values["license"], origin):
             raise CheckpointError(
                 f"{what} has `license: {values['license']}`, but says that what the model was made from is under"
@@ -142,7 +143,8 @@ def complete_card(folder: Path, repo: str) -> str:
     return content
 
 
-def _licences_of_origin(text: str) -> list[str]:
+def licences_of_origin(text: str) -> list[str]:
+    """The licences that a card of ours tells of what the model was made from; unknown ones are left out."""
     found = [(first or second).lower() for first, second in LICENCE_OF_ORIGIN.findall(text)]
     return [licence for licence in found if licence != "unknown"]
 

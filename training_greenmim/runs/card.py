@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from modeling_greenmim.conversion.releasing import licences_of_origin
+
 from ..data.statistics import in_short
 from .curves import loss_curve
 from .energy import CO2
@@ -28,12 +30,12 @@ CITATION = """## Citation
 ```
 """
 FULL_DEPTH = """It sees all values of images, on the scale below. Pipelines cut files to 8 bits, so open them by the
-image processor: `open_image(file_or_array)`; arrays are (height, width, channels).
+image processor: `open_image(file_or_array)`, files of Pillow, `.npy`, or arrays (height, width, channels).
 
 """
 RUN = """## Data
 
-{data}
+{data} {licence}
 
 ## Recipe
 
@@ -272,6 +274,16 @@ def _started_from(facts: RunFacts) -> dict:
     return {"starts from": facts.origin} if facts.origin else {}
 
 
+def _licence(facts: RunFacts) -> str:
+    """Under which licence the model may be published, as far as a run knows."""
+    origins = licences_of_origin(facts.origin or "")
+    weights = f" of the weights that it started from, {', '.join(origins)}" if origins else ""
+    if facts.license_name:
+        return f"The licence of the images holds for the model{f', and so does that{weights}' if weights else ''}."
+    bound = f"that of the images{f' and that{weights}' if weights else ''}"
+    return f"Which licence the model has (`license` at the head of this card) its publisher says, within {bound}."
+
+
 def _and_from(facts: RunFacts, teacher) -> str:
     """What a model learned from, beside its images."""
     sources = ["from the weights it started from"] * bool(facts.origin) + ["from its teacher"] * bool(teacher)
@@ -352,6 +364,7 @@ def _write(trainer, facts: RunFacts, template: str, metadata: dict, **values) ->
         title=title,
         location=location,
         data=facts.data + unreadable,
+        licence=_licence(facts),
         command=facts.command,
         results=_table(_results(trainer.state.log_history)),
         curve=curve,

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from modeling_greenmim import GreenMIMConfig, GreenMIMImageProcessorPil, GreenMIMModel
 from modeling_greenmim.conversion import CheckpointError, import_checkpoint
+from modeling_greenmim.conversion.releasing import licences_of_origin
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 
 from ..data.statistics import carry_statistics
@@ -158,10 +159,13 @@ def _start(folder: str, name: str, config: dict, *what: str) -> Start:
 
 
 def licence_of(name: str) -> str | None:
-    """The licence that the card of a folder or a Hub repository names; None without one."""
+    """The licence that the card of a folder or a Hub repository names, else that of what its model was made from.
+
+    So a licence is not lost on the way through a model that has none yet. None without either.
+    """
     try:
-        card = Path(name, "README.md") if Path(name).is_dir() else name
-        return ModelCard.load(card).data.to_dict().get("license")
+        card = ModelCard.load(Path(name, "README.md") if Path(name).is_dir() else name)
+        return card.data.to_dict().get("license") or next(iter(licences_of_origin(card.text)), None)
     except Exception:  # no card, a broken one, or no network: the run does not depend on it
         return None
 
@@ -225,3 +229,4 @@ def carry_channels(model, start: Start, rule: str) -> None:
         else:
             shared = min(old_channels, channels)
             target[:, :shared] = kernels[:, :shared]
+    logger.info(f"Of {start.name}: weights of {old_channels} channels were carried to {channels} ({rule}).")
