@@ -12,6 +12,14 @@ from transformers import (
 from transformers.utils import is_vision_available
 
 from .configuration_greenmim import AUTO_MAP, GreenMIMConfig
+from .heads_greenmim import (
+    GreenMIMMask2FormerConfig,
+    GreenMIMMask2FormerForUniversalSegmentation,
+    GreenMIMRTDetrV2Config,
+    GreenMIMRTDetrV2ForObjectDetection,
+    GreenMIMUperNetConfig,
+    GreenMIMUperNetForSemanticSegmentation,
+)
 from .modeling_greenmim import (
     GreenMIMBackbone,
     GreenMIMForImageClassification,
@@ -43,8 +51,14 @@ __all__ = [
     "GreenMIMConfig",
     "GreenMIMForImageClassification",
     "GreenMIMForPreTraining",
+    "GreenMIMMask2FormerConfig",
+    "GreenMIMMask2FormerForUniversalSegmentation",
     "GreenMIMModel",
     "GreenMIMPreTrainedModel",
+    "GreenMIMRTDetrV2Config",
+    "GreenMIMRTDetrV2ForObjectDetection",
+    "GreenMIMUperNetConfig",
+    "GreenMIMUperNetForSemanticSegmentation",
     "MaskPlan",
     "plan_mask",
 ]
@@ -55,6 +69,7 @@ if is_vision_available():
 
     from .image_processing_greenmim import GreenMIMImageProcessorPil
 
-    AutoImageProcessor.register(GreenMIMConfig, image_processor_classes={"pil": GreenMIMImageProcessorPil})
+    for config_class in (GreenMIMConfig, GreenMIMUperNetConfig, GreenMIMMask2FormerConfig, GreenMIMRTDetrV2Config):
+        AutoImageProcessor.register(config_class, image_processor_classes={"pil": GreenMIMImageProcessorPil})
     GreenMIMImageProcessorPil.register_for_auto_class()
     __all__ += ["GreenMIMImageProcessorPil"]

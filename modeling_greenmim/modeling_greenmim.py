@@ -539,7 +539,37 @@ class GreenMIMBackbone(BackboneMixin, GreenMIMPreTrainedModel):
                 if name != self.stage_names[-1]
             }
         )
+        self.num_frozen_stages = 0
         self.post_init()
+
+    def freeze_stages(self, count: int) -> None:
+        """Freezes the embedding and the first stages, each with the merging that ends it; 0 freezes nothing.
+
+        Their parameters need no gradient and stay in evaluation, without dropout and stochastic depth, while the model
+        trains. The norms of maps go on learning.
+
+        Raises:
+            `ValueError`: for fewer than 0, or more than there are.
+        """
+        if not 0 <= count <= len(self.greenmim.encoder.layers):
+            raise ValueError(
+                f"`count` is {count}; it must be between 0 and the {len(self.greenmim.encoder.layers)} stages."
+            )
+        self.num_frozen_stages = count
+        for part in self._first_parts(count):
+            part.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "GreenMIMBackbone":
+        """As of any module, but for frozen stages, which stay in evaluation."""
+        super().train(mode)
+        for part in self._first_parts(self.num_frozen_stages):
+            part.eval()
+        return self
+
+    def _first_parts(self, count: int) -> list[nn.Module]:
+        """The embedding and the first stages; nothing for none."""
+        return [self.greenmim.embeddings, *self.greenmim.encoder.layers[:count]] if count else []
 
     @can_return_tuple
     def forward(

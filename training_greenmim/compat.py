@@ -5,7 +5,6 @@ Each entry has a canary in tests/test_compat.py that says what changed when a ne
 """
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator
 
@@ -15,23 +14,10 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from modeling_greenmim.conversion.reading import without_load_report as without_load_report
+
 
 # transformers
-
-
-@contextlib.contextmanager
-def without_load_report() -> Iterator[None]:
-    """Keeps `from_pretrained` from logging its table of weights that are new or not used."""
-
-    def is_other(record: logging.LogRecord) -> bool:
-        return " LOAD REPORT" not in record.getMessage()
-
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(is_other)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_other)
 
 
 def make_next_training_create_a_scheduler(trainer: Trainer) -> None:

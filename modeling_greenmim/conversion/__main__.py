@@ -1,9 +1,11 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints in and out: official GreenMIM, SimMIM, Microsoft's, timm's and Transformers' Swin, and Twins; releases.
+"""Checkpoints in and out: official GreenMIM, SimMIM, Microsoft's, timm's and Transformers' Swin, and Twins; releases;
+heads for dense tasks.
 
 python -m modeling_greenmim.conversion import --checkpoint FILE.pth --output DIR
 python -m modeling_greenmim.conversion import --checkpoint swin-base --output DIR
 python -m modeling_greenmim.conversion export --model DIR --to timm --output FILE.safetensors
+python -m modeling_greenmim.conversion head --model DIR --head upernet --labels FILE --output DIR
 python -m modeling_greenmim.conversion release --model DIR --repo OWNER/NAME
 """
 
@@ -11,7 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import CheckpointError, export_model, import_checkpoint, release_model
+from torch import nn
+
+from . import HEADS, CheckpointError, export_model, import_checkpoint, release_model, write_head
 from .formats import WRITABLE
 from .importing import check_output
 from .released import FILES, released_file
@@ -19,6 +23,7 @@ from .released import FILES, released_file
 
 # Values of the configuration that the command line can give.
 GIVEN = ("image_size", "layer_norm_eps", "decoder_num_attention_heads", "num_heads", "window_size")
+OF_ENCODER = ("image_size", "window_size", "drop_path_rate")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,12 +67,29 @@ def build_parser() -> argparse.ArgumentParser:
     writing.add_argument("--model", required=True, help="folder or repository of a GreenMIM model")
     writing.add_argument("--to", required=True, choices=WRITABLE)
     writing.add_argument("--output", required=True, help="folder for transformers-swin, else a file")
+    heading = commands.add_parser("head", help="put a new head for a dense task on the encoder of a checkpoint")
+    heading.add_argument(
+        "--model", required=True, help="folder or repository of a GreenMIM model, or a checkpoint that import reads"
+    )
+    heading.add_argument("--head", required=True, choices=HEADS)
+    heading.add_argument(
+        "--labels", required=True, help='names of the classes: a text file with one a line, or JSON {"0": "wall", ...}'
+    )
+    heading.add_argument("--output", required=True, help="folder to write; its head is untrained")
+    heading.add_argument("--image_size", type=int, help="side in pixels; default: the encoder's")
+    heading.add_argument("--window_size", type=int, help="of attention; default: the encoder's")
+    heading.add_argument("--drop_path_rate", type=float, help="stochastic depth; default: the encoder's")
     releasing = commands.add_parser("release", help="publish a GreenMIM folder on the Hub, and load it back")
     releasing.add_argument("--model", required=True, help="folder with a model, its image processor and its card")
     releasing.add_argument("--repo", required=True, help="OWNER/NAME on the Hub")
     releasing.add_argument("--tag", default="v1.0", help="of this release; default: v1.0")
     releasing.add_argument("--private", action="store_true", help="a new repository is private")
     return parser
+
+
+def size_of(model: nn.Module) -> str:
+    """Such as "86.74 M parameters"."""
+    return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,8 +103,11 @@ def main(argv: list[str] | None = None) -> None:
                 check_output(args.output)  # which takes less time than fetching a file
                 checkpoint = str(released_file(checkpoint))
             model = import_checkpoint(checkpoint, args.output, args.patch_merging_order, args.photographs, **values)
-            count = sum(parameter.numel() for parameter in model.parameters())
-            print(f"{type(model).__name__} of {count / 1e6:.2f} M parameters: {args.output}")
+            print(f"{type(model).__name__} of {size_of(model)}: {args.output}")
+        elif args.command == "head":
+            overrides = {name: getattr(args, name) for name in OF_ENCODER if getattr(args, name) is not None}
+            model = write_head(args.model, args.head, args.labels, args.output, **overrides)
+            print(f"{type(model).__name__} of {size_of(model)}, {model.config.num_labels} classes: {args.output}")
         elif args.command == "release":
             difference = release_model(args.model, args.repo, args.tag, args.private)
             print(

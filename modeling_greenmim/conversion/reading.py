@@ -2,9 +2,11 @@
 """Reading files and folders as data: nothing in them is ever executed."""
 
 import argparse
+import logging
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -126,3 +128,18 @@ def clear_errors(what: str):
         raise CheckpointError(f"{what} cannot be read or is impossible: {error.__cause__ or error}") from error
     except READING_ERRORS as error:
         raise CheckpointError(f"{what} cannot be read or is impossible: {error}") from error
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keeps `from_pretrained` from logging its table of weights that are new or not used."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return " LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
