@@ -30,6 +30,7 @@ from tests.training_helpers import (
     tiny_config,
     write_images,
 )
+from training_greenmim.dense import arguments, detection_arguments
 from training_greenmim.runs import checkpoints
 from training_greenmim.runs.arguments import ClassificationTrainingArguments, MIMTrainingArguments
 from training_greenmim.runs.checkpoints import DiskFullError, damage, last_checkpoint, rotate, saved_weights
@@ -317,6 +318,9 @@ def test_arguments_that_are_free_exist():
     known = {field.name for kind in (MIMTrainingArguments, ClassificationTrainingArguments) for field in fields(kind)}
     for script in (run_mim, run_image_classification):
         known |= {field.name for part in (script.ModelArguments, script.DataArguments) for field in fields(part)}
+    for module in (arguments, detection_arguments):
+        kinds = [kind for name, kind in vars(module).items() if name.endswith("Arguments")]
+        known |= {field.name for kind in kinds for field in fields(kind)}
     assert FREE | MACHINE <= known | {"processes"}
 
 

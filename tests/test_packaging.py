@@ -121,6 +121,8 @@ def test_extras_are_imported_only_where_they_are_used():
                     found.append(f"{path.relative_to(ROOT)} imports {name}")
     # The file of batch augmentation is itself imported only where a recipe augments.
     found = [line for line in found if not line.startswith("training_greenmim/classification/augmentation.py")]
+    # COCO's metric is loaded only where objects are judged, and is of no use without.
+    found = [line for line in found if not line.startswith("metrics/coco_map/")]
     assert not found, found
 
 
@@ -131,7 +133,18 @@ def test_the_test_extra_brings_all_extras():
 
 
 def test_extras_are_those_that_messages_name():
-    extras = {"augmentation", "benchmarks", "pictures", "energy", "elpv", "released", "tiff", "dicom", "heic"}
+    extras = {
+        "augmentation",
+        "benchmarks",
+        "pictures",
+        "energy",
+        "elpv",
+        "released",
+        "tiff",
+        "dicom",
+        "heic",
+        "detection",
+    }
     assert set(runtime_extras()) == extras
 
 

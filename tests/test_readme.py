@@ -1,11 +1,11 @@
 """Every block of code in README.md and docs/ runs, and what these pages name exists.
 
 Blocks of a page run in order, in one working directory, where `photos`, `train`, `validation`, `outputs/photos`
-(pre-trained) and `outputs/classifier` are small made ones, and any image that Python opens. Commands of the scripts
-run in this process, as typed but for a tiny model and two steps (`TINY`); Python runs as it is. A name of the Hub is
-a local folder here. In a command, `...` stands for the flags of the page's command before it. A block of YAML whose
-first line is `# name.yaml` is written to that file. Commands that a test cannot run are those of `CHECKS`, where it
-says what is checked instead; any other command fails.
+(pre-trained), `outputs/classifier`, `scenes` (with class maps) and `objects` (with boxes and masks) are small made
+ones, and any image that Python opens. Commands of the scripts run in this process, as typed but for a tiny model and
+two steps (`TINY`); Python runs as it is. A name of the Hub is a local folder here. In a command, `...` stands for the
+flags of the page's command before it. A block of YAML whose first line is `# name.yaml` is written to that file.
+Commands that a test cannot run are those of `CHECKS`, where it says what is checked instead; any other command fails.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -34,6 +35,8 @@ import run_mim
 from modeling_greenmim import GreenMIMForImageClassification
 from modeling_greenmim.conversion.__main__ import build_parser
 from modeling_greenmim.image_processing_greenmim import build_image_processor
+from tests.drawn_objects import write_objects
+from tests.test_dense_segmentation import write_shapes
 from tests.test_teacher import write_teacher
 from tests.training_helpers import noise_image, tiny_config, write_class_folders, write_images, write_pretrained
 from training_greenmim.pretraining.targets import TargetArguments
@@ -58,7 +61,22 @@ TINY = (
 ).split()
 # Flags that are left out here, and where they are tested.
 ELSEWHERE = {"--torch_compile": "test_run_mim.py: a compiled run is the run as it is"}
-SCRIPTS = {"run_mim": run_mim, "run_image_classification": run_image_classification}
+DETECTION, SEGMENTATION = "examples/dense/run_object_detection", "examples/dense/run_semantic_segmentation"
+SCRIPTS = {
+    "run_mim": run_mim,
+    "run_image_classification": run_image_classification,
+    SEGMENTATION: SimpleNamespace(**runpy.run_path(str(ROOT / f"{SEGMENTATION}.py"))),
+    DETECTION: SimpleNamespace(**runpy.run_path(str(ROOT / f"{DETECTION}.py"))),
+}
+# What else makes a run of a script small, where a head is new.
+SMALLER = {DETECTION: ["--crop_size", "64"], SEGMENTATION: ["--crop_size", "64"]}
+SMALL_HEADS = {
+    DETECTION: {
+        "detection": "num_queries=20,d_model=32,encoder_hidden_dim=32,encoder_ffn_dim=32,decoder_ffn_dim=32"
+        ",decoder_layers=2",
+        "instances": "hidden_dim=32,feature_size=32,mask_feature_size=32,encoder_layers=1,decoder_layers=3",
+    }
+}
 # Where none of them is given, the photographs of solar cells are read.
 SOURCES = ("train_dir", "validation_dir", "test_dir", "dataset_name")
 
@@ -187,6 +205,10 @@ def made(tmp_path_factory) -> Path:
     write_images(folder / "photos" / "2025", 12, first_seed=100)
     write_class_folders(folder / "train", {"red": 12, "blue": 12})
     write_class_folders(folder / "validation", {"red": 4, "blue": 4}, first_seed=500)
+    write_shapes(folder / "scenes" / "train", 12)
+    write_shapes(folder / "scenes" / "validation", 4, seed=1)
+    write_objects(folder / "objects" / "train", 12, size=64)
+    write_objects(folder / "objects" / "validation", 4, seed=1, size=64)
     write_model(folder / "outputs" / "photos")
     write_model(folder / "outputs" / "classifier", classes=2)
     write_teacher(folder / "facebook" / "dinov2-small", "dinov2")
@@ -277,7 +299,9 @@ class Runner:
             columns = [value_of(argv, f"--{column}_column_name", column) for column in ("image", "label")]
             write_parquet(Path(data), columns)
         saving = ["--save_strategy", "steps", "--save_steps", "1"] if self.resumes else ["--save_strategy", "no"]
-        argv = [*argv, *TINY, *saving]
+        argv = [*argv, *TINY, *saving, *SMALLER.get(name, [])]
+        if name in SMALL_HEADS and "--do_train" in argv:
+            argv += ["--head_overrides", SMALL_HEADS[name][value_of(argv, "--task", "detection")]]
         output = Path(given.get("output_dir", "trainer_output"))
         if value_of(argv, "--resume_from_checkpoint") == "true":
             self.interrupt(output)
@@ -314,6 +338,8 @@ class Runner:
             self.conversion(["export", "--model", "outputs/photos", "--to", "original", "--output", source])
         if value_of(argv, "--model"):
             self.provide_model(value_of(argv, "--model"))
+        if labels := value_of(argv, "--labels"):
+            Path(labels).write_text("wall\nfloor\n")
         self.conversion(argv)
 
     def conversion(self, argv: list[str]) -> None:
@@ -333,7 +359,7 @@ class Runner:
         for name in re.findall(r'"([\w/]+\.npy)"', code):
             np.save(name, np.asarray(noise_image(7, 80, 70)))
         for line in code.splitlines():
-            for name in re.findall(r'(?:from_pretrained\(|model=)"([^"]+)"', line):
+            for name in re.findall(r'(?:from_pretrained\(|build_head\(|model=)"([^"]+)"', line):
                 self.provide_model(name, classes=2 if "lassif" in line else 0)
 
     @staticmethod
@@ -362,7 +388,8 @@ def test_code_runs(page, made, tmp_path, monkeypatch):
 def known_flags() -> set[str]:
     """Of the scripts, of the conversion, of what starts them, and of the benchmarks."""
     parts = [MIMTrainingArguments, ClassificationTrainingArguments]
-    parts += [kind for script in SCRIPTS.values() for kind in (script.ModelArguments, script.DataArguments)]
+    arguments = ("ModelArguments", "DataArguments", "TrainingArguments")
+    parts += [kind for script in SCRIPTS.values() for name, kind in vars(script).items() if name.endswith(arguments)]
     parts.append(TargetArguments)
     known = {field.name for part in parts for field in fields(part)} | {"help", "debug"}
     sources = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "modeling_greenmim").rglob("*.py")]

@@ -22,6 +22,8 @@ _DEPTHS_OF = {
     "swin": lambda config: list(config.depths),
     "vit": lambda config: [config.num_hidden_layers],
 }
+# What our encoder is called inside the backbone of a model of a dense task; all else there is norms of maps and head.
+_IN_BACKBONES = "greenmim"
 # What follows the encoder; all of it learns at the full rate.
 _HEADS = ("classifier", "decoder")
 _SPARED = ("relative_position_bias_table", "mask_token", "cls_token", "position_embeddings")
@@ -74,8 +76,8 @@ def parameter_groups(
     taught most, change least (BEiT, https://huggingface.co/papers/2106.08254, and SimMIM's recipe).
 
     Args:
-        model: any model; unless `layer_decay` is 1 an image classifier of GreenMIM, Swin or ViT, or a pre-training
-            model of GreenMIM.
+        model: any model; unless `layer_decay` is 1 an image classifier of GreenMIM, Swin or ViT, a pre-training model
+            of GreenMIM, or a model of a dense task with its backbone.
         learning_rate: that of the head or decoder.
         weight_decay: for all parameters but those of `no_decay_parameters`.
         layer_decay: factor of the learning rate from each layer to the one below it; see `layer_of_parameter`.
@@ -87,12 +89,14 @@ def parameter_groups(
         `ValueError`: for a `layer_decay` other than 1 and a model whose layers are not known.
     """
     depths = [] if layer_decay == 1 else _depths(model, layer_decay)
+    has_backbone = _backbone_config(model) is not None
     spared = no_decay_parameters(model)
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        below_head = 0 if layer_decay == 1 else sum(depths) + 1 - layer_of_parameter(name, depths)
+        is_of_head = layer_decay == 1 or (has_backbone and _IN_BACKBONES not in name.split("."))
+        below_head = 0 if is_of_head else sum(depths) + 1 - layer_of_parameter(name, depths)
         rate, decay = learning_rate * layer_decay**below_head, 0.0 if name in spared else weight_decay
         group = {"params": [], "lr": rate, "weight_decay": decay}
         groups.setdefault((below_head, name in spared), group)["params"].append(parameter)
@@ -102,14 +106,24 @@ def parameter_groups(
 def _depths(model: nn.Module, layer_decay: float) -> list[int]:
     # By the configuration: a model that was loaded as remote code has classes of its own.
     model = extract_model_from_parallel(model, keep_torch_compile=False)
-    config = getattr(model, "config", None)
+    backbone = _backbone_config(model)
+    config = backbone or getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    if model_type not in _DEPTHS_OF or not any(hasattr(model, head) for head in _HEADS):
+    has_head = backbone is not None or any(hasattr(model, head) for head in _HEADS)
+    if model_type not in _DEPTHS_OF or not has_head:
         raise ValueError(
             f"`layer_decay` is {layer_decay}, but the model is a {type(model).__name__}; only the layers of image"
-            " classifiers of GreenMIM, Swin and ViT, and of GreenMIM's pre-training, are known. 1.0 fits every model."
+            " classifiers of GreenMIM, Swin and ViT, of GreenMIM's pre-training, and of its backbones are known. 1.0"
+            " fits every model."
         )
     return _DEPTHS_OF[model_type](config)
+
+
+def _backbone_config(model: nn.Module):
+    """The configuration of the backbone of a model of a dense task; None for other models, and other backbones."""
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    config = getattr(getattr(model, "config", None), "backbone_config", None)
+    return config if getattr(config, "model_type", None) == "greenmim" else None
 
 
 def cosine_schedule(

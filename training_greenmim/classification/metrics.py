@@ -70,11 +70,16 @@ def load_metrics(names: list[str] | None, num_labels: int) -> list[evaluate.Eval
     return metrics
 
 
+def load_shipped(name: str) -> evaluate.EvaluationModule:
+    """A metric of the folder metrics/."""
+    return evaluate.load(str(_shipped_folder() / name), keep_in_memory=True)
+
+
 def _load(name: str) -> evaluate.EvaluationModule:
     reachable = True
     try:
         if name in SHIPPED_METRICS:
-            return evaluate.load(str(_shipped_folder() / name), keep_in_memory=True)
+            return load_shipped(name)
         if not _is_name_on_hub(name):
             return evaluate.load(os.path.abspath(name), module_type="metric", keep_in_memory=True)
         reachable = _hub_answers()

@@ -15,7 +15,6 @@ import numpy as np
 import yaml
 from huggingface_hub.utils import tqdm
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor
 from transformers.utils import logging
 
 from modeling_greenmim import GreenMIMImageProcessorPil
@@ -175,7 +174,7 @@ def keep_statistics(checkpoint: str, image_processor) -> None:
     """Gives an image processor of ours what a checkpoint of its run scales images by, if that was measured."""
     is_saved = Path(checkpoint, "preprocessor_config.json").exists()
     if is_saved and isinstance(image_processor, GreenMIMImageProcessorPil):
-        own = AutoImageProcessor.from_pretrained(checkpoint)
+        own = GreenMIMImageProcessorPil.from_pretrained(checkpoint)
         if own.image_range is not None:
             carry_statistics(own, image_processor)
 

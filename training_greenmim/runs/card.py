@@ -104,6 +104,67 @@ classify = pipeline("image-classification", model="{location}", trust_remote_cod
     + RUN
 )
 
+SEGMENTER = (
+    """---
+{metadata}
+---
+
+# {title}
+
+A model of semantic segmentation ({class_name}) with {num_labels} classes: {classes}.
+
+## Use
+
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+processor = AutoImageProcessor.from_pretrained("{location}", trust_remote_code=True)
+model = AutoModelForSemanticSegmentation.from_pretrained("{location}", trust_remote_code=True).eval()
+inputs = processor(Image.open("image.png"), return_tensors="pt")
+classes = model(**inputs).logits.argmax(dim=1)
+```
+
+{opening}{windows} It knows the classes of the images below and no others; on other kinds of images its answers mean
+nothing.
+
+"""
+    + RUN
+)
+DETECTOR = (
+    """---
+{metadata}
+---
+
+# {title}
+
+A model of {task} ({class_name}) with {num_labels} classes: {classes}.
+
+## Use
+
+```python
+{use}
+```
+
+{opening}It knows the classes of the images below and no others; on other kinds of images its answers mean nothing.
+
+"""
+    + RUN
+)
+# How a model of a task is used, where its image processor serves Transformers' pipelines, and elsewhere.
+USE_OF_TASK = {
+    "detection": """from transformers import pipeline
+
+detect = pipeline("object-detection", model="{location}", trust_remote_code=True)
+objects = detect("image.png", threshold=0.5)""",
+    "instances": """from transformers import pipeline
+
+segment = pipeline("image-segmentation", model="{location}", trust_remote_code=True)
+objects = segment("image.png", subtask="instance", threshold=0.5)""",
+}
+PREDICT = """python examples/dense/run_object_detection.py --task {task} --model_name_or_path {location} \\
+    --test_dir images --output_dir outputs --do_predict{more}"""
+
 
 def _table(rows: dict) -> str:
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -165,7 +226,7 @@ def _classification_recipe(trainer) -> dict:
 def _results(log_history: list[dict]) -> dict:
     """The last numbers of training and of evaluation."""
     results = {}
-    for name in ("train_loss", "eval_loss", "eval_ema_loss"):
+    for name in ("train_loss", "eval_loss", "eval_ema_loss", "eval_map"):
         entries = [entry for entry in log_history if name in entry]
         results |= entries[-1] if entries else {}
     return {name: f"{value:.5g}" for name, value in results.items() if name not in ("step", "epoch", "total_flos")}
@@ -192,8 +253,8 @@ class RunFacts:
     origin: str | None = None
 
 
-# Of evaluation's results, those that measure the machine and not the model.
-_NOT_OF_THE_MODEL = ("runtime", "per_second", "unreadable")
+# Of evaluation's results, those that measure the machine and not the model, or one class alone.
+_NOT_OF_THE_MODEL = ("runtime", "per_second", "unreadable", "_iou_", "_of_")
 
 
 def _eval_results(trainer, facts: RunFacts, task: str) -> list[EvalResult]:
@@ -325,6 +386,85 @@ def write_classifier_card(trainer, facts: RunFacts) -> None:
     )
 
 
+def write_segmentation_card(trainer, facts: RunFacts) -> None:
+    """Writes README.md of a model of semantic segmentation, with its pictures, into its trainer's output folder."""
+    args, names = trainer.args, trainer.names
+    pictures = ""
+    if trainer.last_picture:
+        pictures = "Images that were not trained on: image, truth, prediction.\n\n![Predictions](predictions.png)"
+    windows = "It was evaluated on whole images."
+    if args.eval_window:
+        windows = (
+            f"Images larger than {args.eval_window} px were evaluated in windows of that side, which overlap by"
+            f" {args.eval_overlap:.0%}."
+        )
+    _write(
+        trainer,
+        facts,
+        SEGMENTER,
+        {"pipeline_tag": "image-segmentation", "tags": [trainer.model.config.model_type, "semantic-segmentation"]},
+        recipe=_table(_started_from(facts) | _segmentation_recipe(trainer)),
+        pictures=pictures,
+        windows=windows,
+        class_name=type(trainer.model).__name__,
+        num_labels=len(names),
+        classes=", ".join(names[:20]) + (", ..." if len(names) > 20 else ""),
+    )
+
+
+def _segmentation_recipe(trainer) -> dict:
+    return _dense_recipe(trainer, ("crop_size", "scale_range", "color_jitter", "max_class_share", "max_grad_norm"))
+
+
+def _dense_recipe(trainer, names: tuple[str, ...]) -> dict:
+    """What all dense tasks tell of a run, and some of its arguments."""
+    args, backbone = trainer.args, trainer.model.config.backbone_config
+    frozen = sum(parameter.numel() for parameter in trainer.model.parameters() if not parameter.requires_grad)
+    return {
+        "encoder": f"embed_dim {backbone.embed_dim}, depths {backbone.depths}, heads {backbone.num_heads},"
+        f" window {backbone.window_size}",
+        **_values(trainer.processing_class),
+        "optimizer": f"AdamW, betas {args.adam_beta1}/{args.adam_beta2}",
+        **_optimization(trainer),
+        "drop_path_rate": backbone.drop_path_rate,
+        **({"frozen parameters": f"{frozen:,}"} if frozen else {}),
+        **{name: getattr(args, name) for name in names},
+    }
+
+
+def write_detection_card(trainer, facts: RunFacts) -> None:
+    """Writes README.md of a model that finds objects, with its pictures, into its trainer's output folder."""
+    args, names, task = trainer.args, trainer.names, "instances" if trainer.with_masks else "detection"
+    location = args.hub_model_id or args.output_dir
+    divisor = args.size_divisor
+    serves_pipelines = getattr(trainer.processing_class, "image_range", None) is None and not divisor
+    use = USE_OF_TASK[task] if serves_pipelines else PREDICT
+    pictures = ""
+    if trainer.last_picture:
+        pictures = "Images that were not trained on: truth, prediction.\n\n![Predictions](predictions.png)"
+    _write(
+        trainer,
+        facts,
+        DETECTOR,
+        {
+            "pipeline_tag": "image-segmentation" if trainer.with_masks else "object-detection",
+            "tags": [trainer.model.config.model_type, "instance-segmentation" if trainer.with_masks else "vision"],
+        },
+        recipe=_table(_started_from(facts) | _detection_recipe(trainer)),
+        pictures=pictures,
+        task="instance segmentation" if trainer.with_masks else "object detection",
+        use=use.format(location=location, task=task, more=f" --size_divisor {divisor}" if divisor else ""),
+        class_name=type(trainer.model).__name__,
+        num_labels=len(names),
+        classes=", ".join(names[:20]) + (", ..." if len(names) > 20 else ""),
+    )
+
+
+def _detection_recipe(trainer) -> dict:
+    names = ("crop_size", "scale_range", "size_divisor", "color_jitter", "max_grad_norm")
+    return _dense_recipe(trainer, names)
+
+
 def _metadata(trainer, facts: RunFacts, title: str, values: dict) -> str:
     """The head of a card, which the Hub reads."""
     results = _eval_results(trainer, facts, values["pipeline_tag"])
@@ -340,7 +480,7 @@ def _emissions(trainer, task: str) -> dict:
     return {
         "emissions": float(f"{1000 * trainer.energy_of_run[CO2]:.4g}"),
         "source": "codecarbon, offline: the power of processors without a meter is estimated from their type and load",
-        "training_type": "fine-tuning" if task == "image-classification" else "pre-training",
+        "training_type": "pre-training" if task == "image-feature-extraction" else "fine-tuning",
         "geographical_location": trainer.args.country_iso_code,
         "hardware_used": f"{trainer.args.world_size} x {_device_name()}",
     }

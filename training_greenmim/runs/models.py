@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 MODEL_SIZES = named_sizes()
 
 
-def parse_overrides(text: str | None) -> dict:
+def parse_overrides(text: str | None, argument: str = "config_overrides") -> dict:
     """Reads `name=value` pairs separated by commas; lists in brackets: "image_size=128,depths=[2,2,6]".
 
     Raises:
@@ -37,7 +37,7 @@ def parse_overrides(text: str | None) -> dict:
         overrides = parse_yaml("{" + text.replace("=", ": ") + "}")
     except yaml.YAMLError as error:
         raise ValueError(
-            f"`config_overrides` is {text!r}; it needs name=value pairs separated by commas, such as"
+            f"`{argument}` is {text!r}; it needs name=value pairs separated by commas, such as"
             ' "image_size=128,depths=[2,2,6]", each name once.'
         ) from error
     # YAML takes numbers without a point, such as 1e-5, for text.
@@ -152,6 +152,12 @@ def changed_config(values: dict, overrides: str | None, defaults: dict | None, g
         # Its own message repeats that of its cause under a headline.
         given = f"`config_overrides` is {overrides!r}" if overrides else given
         raise ValueError(f"{given}: {error.__cause__ or error}") from None
+
+
+def channels_of(config: PreTrainedConfig) -> int:
+    """Channels of the images that a model takes, be it by its backbone; 3 where it does not say."""
+    values = getattr(config, "backbone_config", None) or config
+    return getattr(values, "num_channels", 3)
 
 
 def weights_checksum(model: nn.Module) -> str:

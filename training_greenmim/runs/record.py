@@ -37,8 +37,16 @@ FREE |= {"restore_callback_states_from_checkpoint", "skip_memory_metrics", "stop
 FREE |= {"torch_empty_cache_steps", "use_cache"}
 # Paths and names of what is compared itself: the images, the configuration of the model.
 FREE |= {"config_name", "config_overrides", "dataset_config_name", "dataset_name", "image_column_name"}
-FREE |= {"ignore_mismatched_sizes", "label_column_name", "max_train_samples", "model_name_or_path", "recipe"}
-FREE |= {"train_dir", "train_val_split"}
+FREE |= {
+    "annotation_column_name",
+    "ignore_mismatched_sizes",
+    "label_column_name",
+    "labels_file",
+    "max_train_samples",
+    "model_name_or_path",
+    "recipe",
+}
+FREE |= {"objects_column_name", "train_annotations", "train_dir", "train_val_split"}
 # What a run has become by default or in total counts, not how it was asked for.
 FREE |= {"base_learning_rate"}
 NOT_FREE = {"dataloader_drop_last"}
@@ -84,9 +92,14 @@ def _fingerprint(dataset: ImageDataset) -> str:
         record = dataset.records[index]
         source, label = record[dataset.column], record.get(dataset.label_column)
         values = source if isinstance(source, dict) else {"path": source}
-        content = values.get("bytes") or Path(str(values.get("path"))).name.encode()
-        checksum.update(hashlib.sha256(content).digest() + str(label).encode())
+        checksum.update(hashlib.sha256(_content(values)).digest())
+        checksum.update(_content(label) if isinstance(label, dict) and "path" in label else str(label).encode())
     return checksum.hexdigest()[:16]
+
+
+def _content(source: dict) -> bytes:
+    """What tells an image or a mask from others: encoded bytes, or the name of its file without folders."""
+    return source.get("bytes") or Path(str(source.get("path"))).name.encode()
 
 
 def check_same_run(checkpoint: str, trainer) -> None:

@@ -34,6 +34,7 @@ from .checkpoints import (
     unfinished,
 )
 from .energy import CO2, IMAGES_PER_JOULE, KWH, EnergyCallback, images_per_joule
+from .models import channels_of
 from .processes import on_main_process
 from .record import RECORD, check_same_model, check_same_run, record_of
 
@@ -162,7 +163,7 @@ class ImageTrainer(CheckpointTrainer):
                 "`auto_find_batch_size` is set, but the learning rate and the order of images follow from the batch:"
                 " give `per_device_train_batch_size`, and `gradient_accumulation_steps` for larger batches."
             )
-        channels = getattr(self.model.config, "num_channels", 3)
+        channels = channels_of(self.model.config)
         # On the device once, not in every step.
         self.scaling = scaling_of(image_processor, channels).to(self.args.device)
         self.image_mean, self.image_std = self.scaling.mean, self.scaling.std
@@ -320,6 +321,16 @@ class ImageTrainer(CheckpointTrainer):
         self._micro_batch_of_step = (self.state.global_step, micro_batch)
         torch.manual_seed(derived_seed(self.args.seed, MODEL, *self.step_key()))
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def keep_frozen_layers_in_evaluation_mode(self) -> None:
+        """Of a model in training: what is frozen drops no path and keeps its statistics."""
+        # What has no parameters is not frozen.
+        if all(parameter.requires_grad for parameter in self.model.parameters()):
+            return
+        for module in self.model.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
 
     def step_key(self) -> tuple[int, int, int]:
         """Where the run stands: step, micro-batch and process."""
