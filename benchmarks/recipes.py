@@ -126,10 +126,14 @@ def main() -> None:
     args.teacher = None
     minutes = f" --minutes {args.minutes:g}" if args.study == "pretraining" else ""
     minutes += f" --first {args.first}" if args.first else ""
+    runs = {
+        "pretraining": "one pre-training each",
+        "finetuning": "all of one pre-training",
+        "auto": "one pre-training each, or one run where there is no deviation",
+    }
     text = (
-        f"ROC AUC in %, mean and standard deviation over the seeds {list(SEEDS)} of fine-tuning, one pre-training"
-        " each; one thread of a processor with bf16 units. Made by"
-        f" `python benchmarks/recipes.py {args.study}{minutes}`."
+        f"ROC AUC in %, mean and standard deviation over the seeds {list(SEEDS)} of fine-tuning, {runs[args.study]};"
+        f" one thread of a processor with bf16 units. Made by `python benchmarks/recipes.py {args.study}{minutes}`."
     )
     write_page(args, STUDIES[args.study], f"recipes-{args.study}", text)
 
