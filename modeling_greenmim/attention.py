@@ -8,7 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_greenmim import GreenMIMConfig
 from .layout import move_tokens, split_heads, take_tokens
-from .plans import GroupPlan, has_padding
+from .plans import GroupPlan, has_padding, num_groups
 
 
 def eager_attention_forward(
@@ -82,7 +82,6 @@ class GreenMIMWindowAttention(nn.Module):
 
         Groups are folded into the heads, so that one bias serves the batch.
         """
-        num_groups = plan.bias_index.shape[1]
         moves = plan.token_of_slot is not None
         # What is moved is least before the projection; but with padding, projecting tokens alone costs less.
         if moves and not has_padding(plan):
@@ -90,7 +89,7 @@ class GreenMIMWindowAttention(nn.Module):
         qkv = self.qkv(hidden_states)
         if has_padding(plan):
             qkv = self._to_slots(qkv, plan)
-        query, key, value = split_heads(qkv, self.num_heads, num_groups)
+        query, key, value = split_heads(qkv, self.num_heads, num_groups(plan))
         output, weights = attend(self, query, key, value, self.bias(plan, query.dtype))
         output = output.unflatten(2, (self.num_heads, -1)).permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)
         if moves:
@@ -115,9 +114,11 @@ class GreenMIMWindowAttention(nn.Module):
         if table is None:
             table = torch.zeros(self.table_size, self.num_heads, device=plan.bias_index.device)
         table = nn.functional.pad(table.t(), (1, 1), value=-torch.inf)
+        bias = table.index_select(1, plan.bias_index.flatten()).unflatten(1, plan.bias_index.shape)
+        if plan.pattern_of_group is not None:
+            bias = bias.index_select(2, plan.pattern_of_group)
         # Many pairs share an entry: its gradient is summed in the table's own precision.
-        bias = table.index_select(1, plan.bias_index.flatten()).to(dtype).unflatten(1, plan.bias_index.shape)
-        return bias.transpose(0, 1).flatten(1, 2)
+        return bias.to(dtype).transpose(0, 1).flatten(1, 2)
 
 
 def raster_attention_weights(weights: torch.Tensor, plan: GroupPlan, raster_order: torch.Tensor) -> torch.Tensor:
@@ -130,10 +131,9 @@ def raster_attention_weights(weights: torch.Tensor, plan: GroupPlan, raster_orde
     Returns:
         `(batch, heads, num_tokens, num_tokens)`.
     """
-    _, num_groups, group_size, _ = plan.bias_index.shape
-    blocks = weights.unflatten(1, (-1, num_groups)).permute(0, 1, 3, 4, 2)
+    blocks = weights.unflatten(1, (-1, num_groups(plan))).permute(0, 1, 3, 4, 2)
     pairs = torch.diag_embed(blocks, dim1=2, dim2=4).flatten(4, 5).flatten(2, 3)
     slots = raster_order if plan.slot_of_token is None else plan.slot_of_token.flatten()[raster_order]
-    slots = slots % (num_groups * group_size)  # counted in each plan, not through all
+    slots = slots % pairs.shape[2]  # counted in each plan, not through all
     pairs = torch.take_along_dim(pairs, slots[:, None, :, None], dim=2)
     return torch.take_along_dim(pairs, slots[:, None, None, :], dim=3)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_greenmim import GreenMIMConfig, packing, plan_mask, planning
+from modeling_greenmim.layout import token_raster_index
 from modeling_greenmim.masking import sample_noise, visible_units_from_noise
 from modeling_greenmim.packing import choose_groups, pack_statically, pack_windows, static_groups
 from modeling_greenmim.planning import PlanCache, _windows_and_keys, plan_dense, plan_groups, plan_stages
@@ -28,11 +29,17 @@ def slots_of(plan, row: int, num_tokens: int) -> np.ndarray:
     return plan.slot_of_token[row].numpy() - row * plan.num_slots
 
 
+def index_of_groups(plan, row: int) -> np.ndarray:
+    """`(num_groups, group_size, group_size)`, shared or not."""
+    index = plan.bias_index[row]
+    return (index if plan.pattern_of_group is None else index[plan.pattern_of_group]).numpy()
+
+
 def rows_of_pairs(plan, row: int, num_tokens: int, outside: int) -> np.ndarray:
     """What a plan says of each pair of tokens: a row of the bias table, or `outside` where they do not meet."""
     slots = slots_of(plan, row, num_tokens)
     group, place = slots // plan.group_size, slots % plan.group_size
-    index = plan.bias_index[row].numpy()[group[:, None], place[:, None], place[None, :]] - 1
+    index = index_of_groups(plan, row)[group[:, None], place[:, None], place[None, :]] - 1
     meet = (group[:, None] == group[None, :]) & (0 <= index) & (index < outside)
     return np.where(meet, index, outside)
 
@@ -54,8 +61,8 @@ def expected_rows(coordinates, grid, window: int, shift: int) -> np.ndarray:
 def check_plan(plan, row: int, coordinates, grid, window: int, shift: int) -> None:
     """Everything that a plan promises for one mask."""
     num_tokens, outside = len(coordinates), (2 * window - 1) ** 2
-    num_groups = plan.bias_index.shape[1]
-    assert plan.bias_index.shape[1:] == (num_groups, plan.group_size, plan.group_size)
+    index, num_groups = index_of_groups(plan, row), plan.num_slots // plan.group_size
+    assert index.shape == (num_groups, plan.group_size, plan.group_size)
     assert plan.bias_index.dtype == torch.int32
     assert plan.bias_index.min() >= 0 and plan.bias_index.max() <= outside + 1
     slots = slots_of(plan, row, num_tokens)
@@ -80,20 +87,20 @@ def check_plan(plan, row: int, coordinates, grid, window: int, shift: int) -> No
     filled = np.zeros(num_groups * plan.group_size, dtype=bool)
     filled[slots] = True
     filled = filled.reshape(num_groups, plan.group_size)
-    meets = (plan.bias_index[row].numpy() >= 1) & (plan.bias_index[row].numpy() <= outside)
+    meets = (index >= 1) & (index <= outside)
     assert not meets[filled[:, :, None] != filled[:, None, :]].any()
     assert meets.any(axis=2).all()
 
 
 @st.composite
 def scenes(draw):
-    """Rows of places on a padded grid, equally many each, with a window and a shift."""
+    """Rows of places on a padded grid, equally many each, often all that there are, with a window and a shift."""
     grid = draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
     padded_grid = (grid[0] + draw(st.integers(0, 3)), grid[1] + draw(st.integers(0, 3)))
     window = draw(st.integers(1, 6))
     shift = draw(st.sampled_from([0, window // 2]))
     num_places, num_plans = padded_grid[0] * padded_grid[1], draw(st.integers(1, 3))
-    num_tokens = draw(st.integers(1, num_places))
+    num_tokens = draw(st.one_of(st.integers(1, num_places), st.just(num_places)))
     generator = np.random.default_rng(draw(st.integers(0, 2**16)))
     places = np.stack([generator.permutation(num_places)[:num_tokens] for _ in range(num_plans)])
     return places, grid, padded_grid, window, shift
@@ -282,6 +289,17 @@ def test_groups_pay_at_the_size_of_swin_base():
     assert first.token_of_slot is not None
     assert first.num_slots * first.group_size < 768**2 / 4
     assert last.token_of_slot is None and last.group_size == 12
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_groups_that_are_alike_share_their_index(shift):
+    """Windows of 7 meet units of 8 tokens in 64 ways, and edges add some; with a mask no two need be alike."""
+    everything = token_raster_index(np.arange(42 * 25)[None], (25, 42), 8)
+    plan = plan_groups(everything, (200, 336), 7, shift)
+    assert plan.num_slots // plan.group_size > 1300 and plan.bias_index.shape[1] < 64
+    shared = plan.bias_index[0].flatten(1)
+    assert len(shared.unique(dim=0)) == len(shared)
+    assert plan_groups(everything[:, :-64], (200, 336), 7, shift).pattern_of_group is None
 
 
 # Static plans

@@ -25,6 +25,7 @@ from modeling_greenmim import (
     GreenMIMForPreTraining,
     GreenMIMImageProcessorPil,
     GreenMIMModel,
+    planning,
 )
 from modeling_greenmim.conversion import (
     CheckpointError,
@@ -36,7 +37,7 @@ from modeling_greenmim.conversion import (
 from modeling_greenmim.conversion.__main__ import main
 from modeling_greenmim.heads_greenmim import backbone_of
 from modeling_greenmim.image_processing_greenmim import build_image_processor
-from modeling_greenmim.planning import DENSE_PLANS, plan_dense
+from modeling_greenmim.planning import PlanCache
 from modeling_greenmim.resizing import resize_bias_table
 from tests.test_remote_code import run_elsewhere
 
@@ -405,11 +406,33 @@ def test_other_files_of_names_are_refused(content, tmp_path):
 # Plans of changing sizes
 
 
-def test_sizes_that_change_are_planned_once_each_within_the_budget(monkeypatch):
-    config, made = encoder_config(), []
-    make = sys.modules[plan_dense.__module__]._make_dense_plan
-    monkeypatch.setattr("modeling_greenmim.planning._make_dense_plan", lambda *key: made.append(key) or make(*key))
-    draw = torch.Generator().manual_seed(0)
-    for height, width in torch.randint(33, 1400, (200, 2), generator=draw).tolist():
-        plan_dense(config, (height, width), torch.device("cpu"))
-        assert DENSE_PLANS.num_bytes <= DENSE_PLANS.budget
+def planned(sizes, monkeypatch) -> tuple[list, PlanCache]:
+    """What a Swin-B plans of such sizes, one after another, and where it keeps them."""
+    made, make, config = [], planning._make_dense_plan, GreenMIMConfig()
+    monkeypatch.setattr(planning, "_make_dense_plan", lambda *key: made.append(key[1]) or make(*key))
+    monkeypatch.setattr(planning, "DENSE_PLANS", PlanCache(planning.DENSE_PLANS.budget))
+    for size in sizes:
+        planning.plan_dense(config, size, torch.device("cpu"))
+    return made, planning.DENSE_PLANS
+
+
+def random_sizes(shortest: int, longest: int, divisor: int) -> torch.Tensor:
+    """Heights and widths of 200 batches, padded to multiples of the divisor."""
+    sides = torch.randint(shortest, longest + 1, (200, 2), generator=torch.Generator().manual_seed(0))
+    return (sides + divisor - 1) // divisor * divisor
+
+
+@pytest.mark.parametrize(("longest", "divisor"), [(640, 64), (800, 32)])
+def test_sizes_that_recur_are_planned_once_each(longest, divisor, monkeypatch):
+    sizes = random_sizes(33, longest, divisor)
+    if longest == 800:  # images that keep their aspect: one side is the longest
+        sizes[:100, 0] = sizes[100:, 1] = longest
+    sizes = [tuple(size) for size in sizes.tolist()]
+    made, kept = planned(sizes, monkeypatch)
+    assert len(made) == len(set(sizes)) < 100 and kept.num_bytes <= kept.budget
+
+
+def test_plans_of_sizes_without_end_stay_within_the_budget(monkeypatch):
+    sizes = [tuple(size) for size in random_sizes(900, 1400, 1).tolist()]
+    made, kept = planned(sizes[:60], monkeypatch)
+    assert len(made) == 60 and kept.budget / 2 < kept.num_bytes <= kept.budget

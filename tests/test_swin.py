@@ -332,13 +332,16 @@ def test_drop_path_of_everything_leaves_the_residual_stream():
     assert torch.equal(block(tokens, plan)[0], tokens)
 
 
-def test_gradients_of_shared_biases_are_summed_exactly_in_bf16():
+@pytest.mark.parametrize("num_visible", [32, 256])  # of 256: groups that are alike share their index then
+def test_gradients_of_shared_biases_are_summed_exactly_in_bf16(num_visible):
     """The bias of a token with itself serves every token; bf16 cannot count beyond 256."""
     config = tiny_config(image_size=256)
     attention = GreenMIMWindowAttention(config, 16, 1, config.stage_windows[0])
-    plan = plan_mask(config, torch.arange(32)[None]).stages[0].groups[0]
+    plan = plan_mask(config, torch.arange(num_visible)[None]).stages[0].groups[0]
     bias = attention.bias(plan, torch.bfloat16)
     bias[bias.isfinite()].sum().backward()
-    index = plan.bias_index[(plan.bias_index > 0) & (plan.bias_index <= attention.table_size)] - 1
+    assert (plan.pattern_of_group is None) == (num_visible < 256)
+    index = plan.bias_index if num_visible < 256 else plan.bias_index[:, plan.pattern_of_group]
+    index = index[(index > 0) & (index <= attention.table_size)] - 1
     expected = torch.bincount(index, minlength=attention.table_size).float()
     assert expected.max() > 256 and torch.equal(attention.relative_position_bias_table.grad[:, 0], expected)
