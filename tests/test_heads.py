@@ -40,6 +40,7 @@ from modeling_greenmim.image_processing_greenmim import build_image_processor
 from modeling_greenmim.planning import PlanCache
 from modeling_greenmim.resizing import resize_bias_table
 from tests.test_remote_code import run_elsewhere
+from training_greenmim.optimization import parameter_groups
 
 
 NAMES = {0: "wall", 1: "floor", 2: "door"}
@@ -273,6 +274,47 @@ def test_no_frozen_stage_is_all_that_learn(pretrained):
     backbone.freeze_stages(0)
     assert backbone.train().greenmim.embeddings.training
     assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
+# Learning rates by layer
+
+
+# Of an encoder of 1, 2, 1 and 1 blocks; all else, the norms of the maps and the head, is layer 6.
+LAYERS = {
+    "embeddings.": 0,
+    "encoder.layers.0.blocks.0.": 1,
+    "encoder.layers.0.downsample.": 1,
+    "encoder.layers.1.blocks.0.": 2,
+    "encoder.layers.1.blocks.1.": 3,
+    "encoder.layers.1.downsample.": 3,
+    "encoder.layers.2.blocks.0.": 4,
+    "encoder.layers.2.downsample.": 4,
+    "encoder.layers.3.blocks.0.": 5,
+}
+
+
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+@pytest.mark.parametrize("head", HEADS)
+def test_rates_fall_from_the_head_down(head, layer_decay, pretrained):
+    model = build(pretrained, head)
+    encoder = {id(parameter): name for name, parameter in backbone_of(model).greenmim.named_parameters()}
+    groups = parameter_groups(model, learning_rate=0.3, weight_decay=0.05, layer_decay=layer_decay)
+    assert len(groups) == (14 if layer_decay < 1 else 2) and groups[0]["lr"] == 0.3
+    group_of = {id(parameter): group for group in groups for parameter in group["params"]}
+    assert len(group_of) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        part = encoder.get(id(parameter), "")
+        layer = next((layer for start, layer in LAYERS.items() if part.startswith(start)), 6)
+        assert group_of[id(parameter)]["lr"] == pytest.approx(0.3 * layer_decay ** (6 - layer), rel=1e-14), name
+        spared = parameter.ndim <= 1 or name.endswith("relative_position_bias_table")
+        assert group_of[id(parameter)]["weight_decay"] == (0.0 if spared else 0.05), name
+
+
+def test_frozen_stages_are_in_no_group(pretrained):
+    model = build(pretrained, "upernet")
+    backbone_of(model).freeze_stages(2)
+    groups = parameter_groups(model, learning_rate=0.3, weight_decay=0.05, layer_decay=0.5)
+    assert min(group["lr"] for group in groups) == 0.3 * 0.5**2
 
 
 # Folders
