@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from training_step import IMAGE_SIZE, add_model_arguments, chosen_builders, random_plan
 
-from modeling_greenmim import GreenMIMForPreTraining
+from modeling_greenmim import GreenMIMForPreTraining, GreenMIMPreTrainedModel
+from modeling_greenmim.planning import plan_dense
 
 
 # They touch no memory: they name it, or ask where it is.
@@ -78,6 +79,9 @@ def count(build: Callable, args, dtype: str, computed: bool = False) -> Counter:
     if isinstance(model, GreenMIMForPreTraining):
         plan = random_plan(model.config)  # the data loader's work
         loss_of = lambda images: model(images, plan=plan).loss  # noqa: E731
+    elif isinstance(model, GreenMIMPreTrainedModel):
+        # Made once, and kept for later models: its tensors need their values.
+        plan_dense(model.config, (IMAGE_SIZE, IMAGE_SIZE), torch.device("cpu"))
     mode = nullcontext() if computed else FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         if not computed:
