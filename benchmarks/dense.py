@@ -5,7 +5,7 @@ them alike. A step is forward, backward, fused AdamW and zeroing of gradients on
 `backbone` is forward and backward of the backbones alone, from given gradients of their maps.
 
     python benchmarks/dense.py --dtype bf16 fp32
-    python benchmarks/dense.py --size base --image_size 512 --batch_size 2
+    python benchmarks/dense.py --size base --hidden_size 128
     python benchmarks/dense.py --device cuda --dtype bf16 --batch_size 16 --steps_per_round 10
 """
 
@@ -53,7 +53,9 @@ def whole_step(kind: str, args, dtype: str) -> Callable[[], None]:
     """A training step of UperNet with its auxiliary head."""
     torch.manual_seed(0)
     _, _, config_class, model_class = KINDS[kind]
-    config = config_class(backbone_config=backbone_config(kind, args), num_labels=NUM_LABELS)
+    config = config_class(
+        backbone_config=backbone_config(kind, args), num_labels=NUM_LABELS, hidden_size=args.hidden_size
+    )
     model = model_class(config).to(args.device).train()
     images = random_images(args)
     labels = torch.randint(NUM_LABELS, (args.batch_size, args.image_size, args.image_size)).to(args.device)
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="tiny", help="of the Swin transformers")
     parser.add_argument("--image_size", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--hidden_size", type=int, default=512, help="of the head")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["bf16"], help="bf16 = autocast")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
