@@ -96,6 +96,7 @@ def test_tests_and_benchmarks_import_what_is_declared():
         "transformers_tests",
         "torchvision",
         "packaging",
+        "run_semantic_segmentation",
         "elpv",
         "targets",
         "benchmarks",
