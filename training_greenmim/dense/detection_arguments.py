@@ -44,7 +44,7 @@ RECIPES = {
         "size_divisor": 32,
     },
     "small-data": {
-        "learning_rate": 5e-4,
+        "learning_rate": 1e-3,
         "layer_decay": 0.9,
         "weight_decay": 0.01,
         "lr_scheduler_type": "cosine",
@@ -55,6 +55,13 @@ RECIPES = {
         "crop_size": 320,
         "scale_range": [0.75, 1.5],
     },
+}
+# Heads of Transformers' size take most of the time of a small encoder.
+SMALL_HEADS = {
+    "detection": "d_model=128,encoder_hidden_dim=128,encoder_ffn_dim=256,decoder_ffn_dim=256,decoder_layers=3"
+    ",hidden_expansion=0.5,num_queries=100,num_denoising=50",
+    "instances": "hidden_dim=128,feature_size=128,mask_feature_size=128,encoder_layers=2,decoder_layers=4"
+    ",dim_feedforward=256,encoder_feedforward_dim=256,num_queries=50",
 }
 HELP = (
     "Set of arguments: rt-detr and mask2former as published for COCO (for batches of 16), or small-data (the default)"
@@ -80,6 +87,8 @@ def recipe_defaults(chosen: dict) -> dict:
     values = dict(RECIPES[name])
     if chosen["model_name_or_path"] and is_finished(chosen["model_name_or_path"]):
         values |= _sizes_of(chosen["model_name_or_path"])
+    elif name == "small-data" and chosen["task"] in SMALL_HEADS:
+        values["head_overrides"] = SMALL_HEADS[chosen["task"]]
     if chosen["base_learning_rate"] is not None:
         del values["learning_rate"]
     return values
