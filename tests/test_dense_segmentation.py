@@ -30,6 +30,7 @@ from tests.training_helpers import (
     write_pretrained,
 )
 from training_greenmim.dense.metrics import count_pixels, segmentation_metrics
+from training_greenmim.dense.models import is_finished
 from training_greenmim.dense.pairs import (
     ClassMaps,
     CropTransform,
@@ -102,7 +103,10 @@ def flags(output: Path, *more) -> list[str]:
     values = ["--output_dir", output, "--crop_size", 32, "--per_device_train_batch_size", 4]
     values += ["--per_device_eval_batch_size", 4, "--dataloader_num_workers", 0, "--use_cpu", "true"]
     values += ["--report_to", "none", "--disable_tqdm", "true", "--save_strategy", "no", "--logging_steps", 1]
-    values += ["--head_overrides", "hidden_size=8,auxiliary_channels=8", "--max_steps", 2]
+    values += ["--max_steps", 2]
+    start = more[more.index("--model_name_or_path") + 1] if "--model_name_or_path" in more else None
+    if start is None or not is_finished(str(start)):
+        values += ["--head_overrides", "hidden_size=8,auxiliary_channels=8"]
     return [str(value) for value in (*values, *more)]
 
 
@@ -596,6 +600,10 @@ def test_arguments_that_do_not_fit(script, shapes, pretrained, tmp_path, given, 
 
 
 def test_runs_that_lack_something(script, shapes, pretrained, finished, tmp_path):
+    for argument in ("config_overrides", "head_overrides"):
+        given = ("--model_name_or_path", finished, f"--{argument}", "window_size=4", *folders(shapes), "--do_eval")
+        with pytest.raises(ValueError, match=f"`{argument}` is .* a finished model"):
+            segment(script, tmp_path, *given)
     with pytest.raises(ValueError, match="Nothing to do"):
         segment(script, tmp_path, "--model_name_or_path", pretrained, *folders(shapes))
     with pytest.raises(ValueError, match="There are no images"):

@@ -130,7 +130,9 @@ def run(
         check_classes(parts["train"])
     elif checkpoint:
         read_config(checkpoint, "resume_from_checkpoint")  # checkpoints in parts have none
-        model_args = replace(model_args, model_name_or_path=checkpoint, config_name=None, config_overrides=None)
+        # A checkpoint has its configuration.
+        own = {"config_name": None, "config_overrides": None, "head_overrides": None}
+        model_args = replace(model_args, model_name_or_path=checkpoint, **own)
     model, image_processor, origin = load_dense_model(model_args, (AUTO_CLASSES[model_args.task],), names)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     for part in parts.values():

@@ -148,7 +148,9 @@ def run(
         names = check_masks(parts["train"], find_label_names(data_args), data_args.ignore_index)
     elif checkpoint:
         read_config(checkpoint, "resume_from_checkpoint")  # checkpoints in parts have none
-        model_args = replace(model_args, model_name_or_path=checkpoint, config_name=None, config_overrides=None)
+        # A checkpoint has its configuration.
+        own = {"config_name": None, "config_overrides": None, "head_overrides": None}
+        model_args = replace(model_args, model_name_or_path=checkpoint, **own)
     model, image_processor, origin = load_dense_model(model_args, MODEL_CLASSES, names)
     model.config.loss_ignore_index = data_args.ignore_index
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]

@@ -89,11 +89,12 @@ def _save_with_channels(start: Start, config: GreenMIMConfig, rule: str, folder:
 
 def _load_finished(model_args, auto_classes: tuple, names: list[str] | None) -> tuple[PreTrainedModel, object, str]:
     name = model_args.model_name_or_path
-    if model_args.config_overrides:
-        raise ValueError(
-            f"`config_overrides` is {model_args.config_overrides!r}, but `model_name_or_path` is {name!r}, a finished"
-            " model, which keeps its configuration."
-        )
+    for argument in ("config_overrides", "head_overrides"):
+        if getattr(model_args, argument):
+            raise ValueError(
+                f"`{argument}` is {getattr(model_args, argument)!r}, but `model_name_or_path` is {name!r}, a finished"
+                " model, which keeps its configuration."
+            )
     config = AutoConfig.from_pretrained(name, trust_remote_code=True)
     auto_class = next((one for one in auto_classes if type(config) in one._model_mapping), None)
     if auto_class is None:

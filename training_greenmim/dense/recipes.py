@@ -1,6 +1,9 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Recipes of `run_semantic_segmentation.py`: named sets of arguments, each of which a flag or file may change."""
 
+from .models import is_finished
+
+
 RECIPES = {
     # Swin-B with UperNet on ADE20K (https://huggingface.co/papers/2103.14030; in mmsegmentation), but with the
     # decay of rates and of weights of SimMIM's fine-tuning (https://huggingface.co/papers/2111.09886).
@@ -49,13 +52,14 @@ def recipe_defaults(chosen: dict) -> dict:
         chosen: all arguments as given, with their defaults.
 
     Raises:
-        `ValueError`: for an unknown recipe.
+        `ValueError`: for an unknown recipe, and for a checkpoint that is not there.
     """
     name = chosen["recipe"] or "small-data"
     if name not in RECIPES:
         raise ValueError(f"`recipe` is {name!r}; it must be one of {', '.join(RECIPES)}.")
     values = dict(RECIPES[name])
-    if name == "small-data" and chosen["head"] == "upernet":
+    start = chosen["model_name_or_path"]
+    if name == "small-data" and chosen["head"] == "upernet" and not (start and is_finished(start)):
         values["head_overrides"] = SMALL_UPERNET
     if chosen["learning_rate"] is not None:
         del values["base_learning_rate"]
