@@ -16,6 +16,7 @@ from PIL import Image
 from pycocotools import mask as codes
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import nn
 from transformers import AutoModelForObjectDetection
 
 from modeling_greenmim import GreenMIMForPreTraining
@@ -457,12 +458,36 @@ def test_masks_come_back_to_the_pixels_of_their_image():
     classes[0, :, 2] = 9.0
     classes[0, 1] = torch.tensor([-9.0, 9.0, 0.0])
     outputs = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
-    found = instances_of(outputs, torch.tensor([[0.75, 1.0]]), torch.tensor([[64, 48]]))[0].above(0.5)
+    found = instances_of(outputs, torch.tensor([[96, 128]]), torch.tensor([[64, 48]]), (128, 128))[0].above(0.5)
     assert found.labels.tolist() == [1] and found.boxes.tolist() == [[16, 12, 32, 24]]
     expected = np.zeros((48, 64), dtype=bool)
     expected[12:36, 16:48] = True
     np.testing.assert_array_equal(decode_mask(found.masks[0], 48, 64), expected)
     assert 0.9 < found.scores[0] < 1
+
+
+def test_masks_end_where_the_image_does_on_a_padded_canvas():
+    """An image fills 149 of 160 rows: no whole number of pixels of masks at a quarter of the canvas."""
+    height, width, filled, canvas = 333, 500, (149, 224), (160, 224)
+    true = np.zeros((height, width), dtype=np.uint8)
+    true[300:324, 200:260] = 1
+    on_canvas = torch.zeros(1, 1, *canvas)
+    on_canvas[..., : filled[0], :] = nn.functional.interpolate(
+        torch.from_numpy(true)[None, None].float(), filled, mode="area"
+    )
+    quarter = nn.functional.interpolate(on_canvas, scale_factor=0.25, mode="area")
+    outputs = SimpleNamespace(
+        class_queries_logits=torch.tensor([[[9.0, -9.0]]]), masks_queries_logits=16 * quarter - 8
+    )
+    found = instances_of(outputs, torch.tensor([filled]), torch.tensor([[width, height]]), canvas)[0]
+    rows, expected = (np.nonzero(mask)[0] for mask in (decode_mask(found.masks[0], height, width), true))
+    assert abs(rows.mean() - expected.mean()) < 1
+
+
+@pytest.mark.parametrize("segmentation", [[[1, 2]], [[]], {"size": [4, 4]}, "no"])
+def test_masks_that_cannot_be_read_are_told(segmentation):
+    with pytest.raises(ValueError, match="segmentation"):
+        decode_mask(segmentation, 4, 4)
 
 
 # Runs

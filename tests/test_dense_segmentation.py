@@ -38,7 +38,8 @@ from training_greenmim.dense.pairs import (
     open_class_map,
     pairs_of,
 )
-from training_greenmim.dense.pictures import class_colours, overlay, save_class_map
+from training_greenmim.dense.pictures import class_colours, overlay, prediction_names, save_class_map
+from training_greenmim.dense.recipes import recipe_defaults
 from training_greenmim.dense.windows import score_in_windows, window_starts
 from training_greenmim.optimization import parameter_groups
 
@@ -372,6 +373,28 @@ def test_a_finished_folder_evaluates_and_predicts_as_it_did(script, finished, sh
     for path in (finished / "predictions" / "masks").iterdir():
         mask = np.asarray(Image.open(alone / "predictions" / "masks" / path.name))
         assert (mask == np.asarray(Image.open(path))).all()
+
+
+def test_a_finished_folder_is_seen_in_windows_of_its_crops(finished):
+    chosen = {"model_name_or_path": str(finished), "recipe": None, "head": "upernet", "learning_rate": None}
+    assert recipe_defaults(chosen)["crop_size"] == 32
+
+
+def test_predictions_of_images_of_one_name_are_kept_apart():
+    records = [{"image": {"path": path, "bytes": None}} for path in ("a/img.png", "a/img_2.png", "b/img.png")]
+    dataset = type("Images", (list,), {"records": records, "column": "image"})(records)
+    assert len(set(prediction_names(dataset))) == 3
+
+
+def test_a_folder_with_code_of_its_own_is_refused_and_not_run(script, shapes, tmp_path):
+    evil = tmp_path / "evil"
+    evil.mkdir()
+    values = {"model_type": "evil", "backbone_config": {}, "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (evil / "config.json").write_text(json.dumps(values))
+    (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="evil"):
+        segment(script, tmp_path / "run", "--model_name_or_path", evil, *folders(shapes), "--do_eval")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_finished_folder_for_other_classes_needs_a_word(script, finished, tmp_path):

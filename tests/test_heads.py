@@ -237,6 +237,14 @@ def test_bfloat16_agrees(head, pretrained):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_all_of_a_detector_has_gradients_without_an_object(pretrained):
+    """Processes of DDP wait for each of them."""
+    model = build(pretrained, "rt_detr_v2").train()
+    boxes = [{"class_labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}] * 2
+    model(torch.randn(2, 3, 128, 128), labels=boxes).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 @torch.no_grad()
 def test_boxes_of_odd_sizes_are_those_of_the_resized_image(pretrained):
     model = build(pretrained, "rt_detr_v2")

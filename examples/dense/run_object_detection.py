@@ -83,7 +83,7 @@ def build_datasets(parts: dict[str, Objects], args, with_masks: bool, config, im
         `ValueError`: when there is not a single batch to train on.
     """
     channels, depth, keeps_aspect = channels_of(config), depth_of(image_processor), args.size_divisor is not None
-    whole, images = WholeImage(args.crop_size, channels, depth, keeps_aspect), {}
+    whole, images = WholeImage(args.crop_size, channels, depth, keeps_aspect, with_masks), {}
     for name, part in parts.items():
         check_first_readable(part.records, "image", lambda source, generator: whole(source), part.argument)
         if name != "train":

@@ -22,6 +22,12 @@ class UnreadableImageError(Exception):
     """An image that cannot be decoded; its text names the image and the cause."""
 
 
+def limit_pixels(count: int | None) -> None:
+    """From here on images of more pixels are refused; None leaves Pillow's limit as it is."""
+    if count is not None:
+        Image.MAX_IMAGE_PIXELS = count
+
+
 class KeepsPixelLimit:
     """An object that takes Pillow's limit of pixels along to another process: spawned workers start with its own."""
 

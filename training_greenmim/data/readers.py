@@ -17,14 +17,13 @@ import numpy as np
 from datasets import ClassLabel
 from datasets import Image as ImageFeature
 from huggingface_hub.utils import tqdm
-from PIL import Image
 from transformers.utils import logging
 
 from ..compat import datasets_cache_folder, datasets_fingerprint
 from ..randomness import SHUFFLE, derived_generator
 from ..runs.extras import require
 from .folders import find_images
-from .images import UnreadableImageError, decode, is_address, load_image
+from .images import UnreadableImageError, decode, is_address, limit_pixels, load_image
 from .parts import split_name
 from .tiles import PAGES, count_pages, parts_of
 from .transforms import EvalTransform
@@ -163,8 +162,7 @@ def read_records(source: DataSource, labelled: bool = False, needs_train: bool =
     Raises:
         `ValueError`: for folders and data sets that cannot be read, and when a part that is needed lacks.
     """
-    if source.max_image_pixels is not None:
-        Image.MAX_IMAGE_PIXELS = source.max_image_pixels
+    limit_pixels(source.max_image_pixels)
     parts = next(reader for reader in READERS if reader.is_named_by(source)).read(source, labelled)
     if needs_train and "train" not in parts:
         raise ValueError(f"`dataset_name` is {source.dataset_name!r}, which has no split train but {list(parts)}.")

@@ -67,14 +67,13 @@ def boxes_of(outputs, filled: torch.Tensor, sizes: torch.Tensor, canvas: tuple[i
     return found
 
 
-def instances_of(outputs, filled: torch.Tensor, sizes: torch.Tensor) -> list[Detections]:
+def instances_of(outputs, filled: torch.Tensor, sizes: torch.Tensor, canvas: tuple[int, int]) -> list[Detections]:
     """Instances that a Mask2Former finds in a batch, scored as in its paper: class times mean of the mask.
 
     Args:
         outputs: `class_queries_logits`, `(batch, queries, classes + 1)`, and `masks_queries_logits`, `(batch, queries,
             height, width)` at a quarter of the batch's size.
-        filled: `(batch, 2)`: share of the height and width of the batch that is no padding.
-        sizes: as of `boxes_of`.
+        filled, sizes, canvas: as of `boxes_of`.
     """
     probabilities = outputs.class_queries_logits.float().softmax(dim=-1)[..., :-1]
     classes = probabilities.shape[-1]
@@ -85,18 +84,20 @@ def instances_of(outputs, filled: torch.Tensor, sizes: torch.Tensor) -> list[Det
         entries = []
         for start in range(0, len(places), MASKS_AT_ONCE):
             part = slice(start, start + MASKS_AT_ONCE)
-            logits = _crop_and_resize(masks[places[part] // classes], filled[row], size)
+            logits = _in_the_image(masks[places[part] // classes], filled[row].tolist(), size, canvas)
             for place, score, mask in zip(places[part].tolist(), scores[part].tolist(), logits):
                 entries.append(_instance(mask, place % classes, score))
         found.append(_sorted([entry for entry in entries if entry is not None], tuple(size)))
     return found
 
 
-def _crop_and_resize(masks: torch.Tensor, filled: torch.Tensor, size: list[int]) -> torch.Tensor:
-    """Logits of masks of the padded image -> of the image in its own pixels."""
-    height, width = masks.shape[-2:]
-    rows, columns = max(1, round(filled[0].item() * height)), max(1, round(filled[1].item() * width))
-    kept = masks[None, :, :rows, :columns]
+def _in_the_image(masks: torch.Tensor, filled: list[int], size: list[int], canvas: tuple[int, int]) -> torch.Tensor:
+    """Logits of masks of the padded image -> of the image in its own pixels.
+
+    They are cut at the canvas' size: the image may end within a pixel of the masks.
+    """
+    masks = torch.nn.functional.interpolate(masks[None], tuple(canvas), mode="bilinear", align_corners=False)
+    kept = masks[:, :, : filled[0], : filled[1]]
     return torch.nn.functional.interpolate(kept, (size[1], size[0]), mode="bilinear", align_corners=False)[0]
 
 

@@ -21,6 +21,7 @@ from .coco import IMAGE_ID, OBJECTS, encode_mask
 from .detecting import Detections, boxes_of, instances_of
 from .object_pictures import comparison, draw_objects
 from .objects import CollateObjects, EveryObjects, mask_of
+from .pictures import prediction_names
 
 
 logger = logging.get_logger(__name__)
@@ -86,7 +87,7 @@ class DetectionTrainer(ImageTrainer):
             outputs = model(pixel_values=self.normalize(images), pixel_mask=inputs["pixel_mask"])
         canvas = images.shape[2:]
         if self.with_masks:
-            found = instances_of(outputs, filled / filled.new_tensor(canvas), sizes)
+            found = instances_of(outputs, filled, sizes, canvas)
         else:
             found = boxes_of(outputs, filled, sizes, canvas)
         for row, (index, is_readable) in enumerate(zip(inputs["index"].tolist(), inputs["readable"].tolist())):
@@ -179,7 +180,7 @@ class DetectionTrainer(ImageTrainer):
         Returns:
             Metrics where there are annotations.
         """
-        self.predictions_folder, self.prediction_names = Path(folder), _names(dataset)
+        self.predictions_folder, self.prediction_names = Path(folder), prediction_names(dataset)
         self.predictions_folder.mkdir(parents=True, exist_ok=True)
         try:
             metrics = self.predict(dataset).metrics
@@ -218,13 +219,3 @@ def _for_metric(found: Detections) -> dict:
         "scores": found.scores.tolist(),
         "segmentations": [json.dumps(mask) for mask in found.masks],
     }
-
-
-def _names(dataset: EveryObjects) -> list[str]:
-    """File names without suffix for overlays: those of the images, each once."""
-    names, taken = [], set()
-    for index in range(len(dataset)):
-        name = Path(image_name(dataset.records[index]["image"], f"{index}")).stem or str(index)
-        names.append(name if name not in taken else f"{name}_{index}")
-        taken.add(names[-1])
-    return names

@@ -4,11 +4,9 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from transformers.image_processing_base import ImageProcessingMixin
-
 from ..runs.arguments import check_at_least
 from .arguments import DenseDataArguments, DenseModelArguments, DenseTrainingArguments
-from .models import is_finished
+from .models import is_finished, saved_processing
 
 
 # Of batches for finished models whose images keep their aspect, where their processor does not tell.
@@ -96,10 +94,7 @@ def recipe_defaults(chosen: dict) -> dict:
 
 def _sizes_of(name: str) -> dict:
     """What a finished model brings images to, by its image processor."""
-    try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except OSError:  # it has none
-        return {}
+    values = saved_processing(name)
     size = values.get("size") or {}
     if "longest_edge" in size:
         return {"crop_size": size["longest_edge"], "size_divisor": values.get("size_divisor", SIZE_DIVISOR)}

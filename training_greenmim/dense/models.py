@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
 from modeling_greenmim import GreenMIMBackbone, GreenMIMConfig, GreenMIMImageProcessorPil, GreenMIMModel
@@ -67,6 +68,14 @@ def is_finished(name: str) -> bool:
     return not Path(name).is_file() and "backbone_config" in read_config(name, "model_name_or_path")
 
 
+def saved_processing(name: str) -> dict:
+    """Values of the image processor that was saved with a finished model; none where there is none."""
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(name)[0]
+    except OSError:
+        return {}
+
+
 def _with_head(folder: str, model_args, names: list[str], overrides: dict, config: GreenMIMConfig) -> PreTrainedModel:
     try:
         head_overrides = parse_overrides(model_args.head_overrides, "head_overrides")
@@ -95,7 +104,7 @@ def _load_finished(model_args, auto_classes: tuple, names: list[str] | None) -> 
                 f"`{argument}` is {getattr(model_args, argument)!r}, but `model_name_or_path` is {name!r}, a finished"
                 " model, which keeps its configuration."
             )
-    config = AutoConfig.from_pretrained(name, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(name)
     auto_class = next((one for one in auto_classes if type(config) in one._model_mapping), None)
     if auto_class is None:
         raise ValueError(
@@ -157,6 +166,8 @@ def class_scores(outputs, size: tuple[int, int]) -> torch.Tensor:
         if logits.shape[-2:] != torch.Size(size):
             logits = nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False)
         return logits
-    masks = nn.functional.interpolate(outputs.masks_queries_logits, size, mode="bilinear", align_corners=False)
-    classes = outputs.class_queries_logits.softmax(dim=-1)[..., :-1]
-    return torch.einsum("bqc,bqhw->bchw", classes, masks.sigmoid()).clamp(min=1e-8).log()
+    masks = outputs.masks_queries_logits.float()
+    masks = nn.functional.interpolate(masks, size, mode="bilinear", align_corners=False)
+    classes = outputs.class_queries_logits.float().softmax(dim=-1)[..., :-1]
+    with torch.autocast(masks.device.type, enabled=False):  # in half precision the smallest one is 0
+        return torch.einsum("bqc,bqhw->bchw", classes, masks.sigmoid()).clamp(min=1e-8).log()

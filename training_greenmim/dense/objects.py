@@ -124,10 +124,19 @@ class WholeImage:
         size: side in pixels of the square that the image is brought to.
         channels, depth: as in `apply_geometry`.
         keeps_aspect: whether only the longer side gets that size.
+        with_masks: whether masks will be needed: images whose masks cannot be read are refused.
     """
 
-    def __init__(self, size: int, channels: int, depth: FullDepth | None = None, keeps_aspect: bool = False):
-        self.size, self.channels, self.depth, self.keeps_aspect = size, channels, depth, keeps_aspect
+    def __init__(
+        self,
+        size: int,
+        channels: int,
+        depth: FullDepth | None = None,
+        keeps_aspect: bool = False,
+        with_masks: bool = False,
+    ):
+        self.size, self.channels, self.depth = size, channels, depth
+        self.keeps_aspect, self.with_masks = keeps_aspect, with_masks
 
     def __call__(self, source, record: dict | None = None, generator=None) -> dict:
         """Image source -> `pixel_values`, `filled` as of `TrainObjects`, and `size`, its width and height in pixels.
@@ -137,7 +146,11 @@ class WholeImage:
         """
         image = open_image(source)
         width, height = upright_size(image)
-        check_size(record or {}, width, height)
+        record = record or {}
+        check_size(record, width, height)
+        if self.with_masks and OBJECTS in record:
+            for index in range(len(record[OBJECTS]["bbox"])):
+                mask_of(record[OBJECTS], index, height, width)
         size = (self.size, self.size)
         if self.keeps_aspect:
             factor = self.size / max(width, height)

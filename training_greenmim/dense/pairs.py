@@ -21,7 +21,7 @@ from modeling_greenmim.conversion import read_labels
 
 from ..data.folders import find_images
 from ..data.image_dataset import EveryImage, ImageDataset
-from ..data.images import UnreadableImageError, image_name, load_image, open_image
+from ..data.images import UnreadableImageError, image_name, limit_pixels, load_image, open_image
 from ..data.readers import ARRAYS, DataSource, Part, load_folder, read_records, undecoded
 from ..data.transforms import Geometry, apply_geometry, upright_size
 from ..randomness import SHUFFLE, derived_generator
@@ -50,6 +50,7 @@ def read_pairs(data) -> dict[str, Part]:
     Raises:
         `ValueError`: for folders and data sets that cannot be read or have no pair.
     """
+    limit_pixels(data.max_image_pixels)
     if data.dataset_name:
         source = DataSource(dataset_name=data.dataset_name, dataset_config_name=data.dataset_config_name)
         columns = (data.image_column_name, data.annotation_column_name)

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..data.images import image_name
+
 
 # Share of an overlay that is the colours of classes.
 OPACITY = 0.5
@@ -25,6 +27,22 @@ def class_colours(count: int) -> np.ndarray:
         hue, level = (number * 0.618034) % 1, number % 3
         colours.append(colorsys.hsv_to_rgb(hue, (0.9, 0.6, 0.9)[level], (0.95, 0.85, 0.6)[level]))
     return (np.array(colours) * 255).round().astype(np.uint8)
+
+
+def prediction_names(dataset) -> list[str]:
+    """Names for what is predicted of images: those of their files without suffix, numbered where one is taken.
+
+    Args:
+        dataset: an `ImageDataset`.
+    """
+    names, taken = [], set()
+    for index in range(len(dataset)):
+        name = Path(image_name(dataset.records[index][dataset.column], f"{index}")).stem or str(index)
+        while name in taken:
+            name = f"{name}_{index}"
+        names.append(name)
+        taken.add(name)
+    return names
 
 
 def save_class_map(classes: np.ndarray, num_labels: int, path: str | Path) -> None:

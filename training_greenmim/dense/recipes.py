@@ -1,7 +1,7 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Recipes of `run_semantic_segmentation.py`: named sets of arguments, each of which a flag or file may change."""
 
-from .models import is_finished
+from .models import is_finished, saved_processing
 
 
 RECIPES = {
@@ -59,7 +59,10 @@ def recipe_defaults(chosen: dict) -> dict:
         raise ValueError(f"`recipe` is {name!r}; it must be one of {', '.join(RECIPES)}.")
     values = dict(RECIPES[name])
     start = chosen["model_name_or_path"]
-    if name == "small-data" and chosen["head"] == "upernet" and not (start and is_finished(start)):
+    if start and is_finished(start):
+        size = saved_processing(start).get("size") or {}
+        values["crop_size"] = size.get("height", values["crop_size"])
+    elif name == "small-data" and chosen["head"] == "upernet":
         values["head_overrides"] = SMALL_UPERNET
     if chosen["learning_rate"] is not None:
         del values["base_learning_rate"]

@@ -11,7 +11,6 @@ from transformers import Mask2FormerForUniversalSegmentation
 from transformers.utils import logging
 
 from ..data.image_dataset import EpochShuffle
-from ..data.images import image_name
 from ..pretraining.pictures import drawn_channels
 from ..runs.card import write_segmentation_card
 from ..runs.extras import require
@@ -19,7 +18,7 @@ from ..runs.trainer import ImageTrainer
 from .metrics import count_pixels, segmentation_metrics
 from .models import class_scores
 from .pairs import EveryPair, collate_crops, collate_whole
-from .pictures import comparison, save_class_map, save_overlay
+from .pictures import comparison, prediction_names, save_class_map, save_overlay
 from .windows import score_in_windows
 
 
@@ -169,7 +168,7 @@ class SegmentationTrainer(ImageTrainer):
         Returns:
             Metrics where there are masks.
         """
-        self.predictions_folder, self.prediction_names = Path(folder), _names(dataset)
+        self.predictions_folder, self.prediction_names = Path(folder), prediction_names(dataset)
         try:
             return self.predict(dataset).metrics
         finally:
@@ -179,13 +178,3 @@ class SegmentationTrainer(ImageTrainer):
         """Writes README.md with its pictures; called by `push_to_hub` too."""
         if self.facts is not None and self.is_world_process_zero():
             write_segmentation_card(self, self.facts)
-
-
-def _names(dataset: EveryPair) -> list[str]:
-    """File names without suffix for predictions: those of the images, each once."""
-    names, taken = [], set()
-    for index in range(len(dataset)):
-        name = Path(image_name(dataset.records[index][dataset.column], f"{index}")).stem or str(index)
-        names.append(name if name not in taken else f"{name}_{index}")
-        taken.add(names[-1])
-    return names
