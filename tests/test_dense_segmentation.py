@@ -375,6 +375,14 @@ def test_a_finished_folder_evaluates_and_predicts_as_it_did(script, finished, sh
         assert (mask == np.asarray(Image.open(path))).all()
 
 
+def test_a_finished_folder_goes_on_with_its_classes(script, finished, tmp_path):
+    common = ("--model_name_or_path", finished, "--do_train", "--train_dir")
+    unnamed = segment(script, tmp_path / "run", *common, write_shapes(tmp_path / "unnamed", 5, names=None))
+    assert json.loads((unnamed / "config.json").read_text())["id2label"] == {str(i): n for i, n in enumerate(NAMES)}
+    with pytest.raises(ValueError, match="in another order"):
+        segment(script, tmp_path / "refused", *common, write_shapes(tmp_path / "data", 5, names=[*reversed(NAMES)]))
+
+
 def test_a_finished_folder_is_seen_in_windows_of_its_crops(finished):
     chosen = {"model_name_or_path": str(finished), "recipe": None, "head": "upernet", "learning_rate": None}
     assert recipe_defaults(chosen)["crop_size"] == 32
@@ -613,6 +621,7 @@ def test_masks_in_which_everything_is_ignored(script, shapes, pretrained, tmp_pa
         (("--recipe", "none"), "`recipe` is 'none'"),
         (("--head_overrides", "hidden=3"), "`head_overrides` names"),
         (("--tile", 64), "`tile` is 64"),
+        (("--decode_once", "true"), "`decode_once` is True"),
         (("--config_name", "tiny"), "exactly one of them"),
     ],
 )

@@ -31,7 +31,7 @@ from training_greenmim.dense.arguments import (
     SegmentationModelArguments,
     SegmentationTrainingArguments,
 )
-from training_greenmim.dense.models import freeze_stages, load_dense_model
+from training_greenmim.dense.models import freeze_stages, is_finished, load_dense_model, trained_names
 from training_greenmim.dense.pairs import (
     IMAGE,
     ClassMaps,
@@ -145,7 +145,10 @@ def run(
     parts = load_data(data_args, args)
     names = None
     if args.do_train:
-        names = check_masks(parts["train"], find_label_names(data_args), data_args.ignore_index)
+        start, names = model_args.model_name_or_path, find_label_names(data_args)
+        if names is None and start and is_finished(start):
+            names = trained_names(start)
+        names = check_masks(parts["train"], names, data_args.ignore_index)
     elif checkpoint:
         read_config(checkpoint, "resume_from_checkpoint")  # checkpoints in parts have none
         # A checkpoint has its configuration.

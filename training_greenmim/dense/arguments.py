@@ -98,6 +98,8 @@ class DenseTrainingArguments(ImageTrainingArguments):
         super().__post_init__()
         check_at_least(self, 1, "crop_size")
         check_at_least(self, 0, "num_pictures", "color_jitter")
+        if self.decode_once:
+            raise ValueError("`decode_once` is True, but images with annotations are decoded as they are needed.")
         scales = self.scale_range
         if len(scales) != 2 or not 0 < scales[0] <= scales[1]:
             raise ValueError(f"`scale_range` is {scales}; it needs two numbers above 0, the smaller one first.")

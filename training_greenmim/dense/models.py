@@ -68,6 +68,12 @@ def is_finished(name: str) -> bool:
     return not Path(name).is_file() and "backbone_config" in read_config(name, "model_name_or_path")
 
 
+def trained_names(name: str) -> list[str]:
+    """Names of the classes of a finished model, by their numbers."""
+    id2label = read_config(name, "model_name_or_path").get("id2label") or {}
+    return [id2label[number] for number in sorted(id2label, key=int)]
+
+
 def saved_processing(name: str) -> dict:
     """Values of the image processor that was saved with a finished model; none where there is none."""
     try:
@@ -113,6 +119,11 @@ def _load_finished(model_args, auto_classes: tuple, names: list[str] | None) -> 
     config.backbone_config.drop_path_rate = model_args.drop_path_rate
     trained = [config.id2label[number] for number in range(config.num_labels)]
     if names is not None and names != trained:
+        if sorted(names) == sorted(trained):
+            raise ValueError(
+                f"`model_name_or_path` is {name!r}, which has the classes {trained}, but the data has them in another"
+                f" order, {names}: its head would take each for another. Number the data's as the model's are."
+            )
         config.id2label, config.label2id = dict(enumerate(names)), {label: i for i, label in enumerate(names)}
     model, new = from_pretrained(
         auto_class,
