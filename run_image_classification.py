@@ -62,6 +62,8 @@ from training_greenmim.runs.arguments import (
     ImageDataArguments,
     ModelSourceArguments,
     check_at_least,
+    check_one_source,
+    check_start,
     parse_arguments,
 )
 from training_greenmim.runs.auto import Recipe
@@ -111,13 +113,7 @@ class ModelArguments(ModelSourceArguments):
         super().__post_init__()
         if self.mode not in MODES:
             raise ValueError(f"`mode` is {self.mode!r}; it must be one of {', '.join(MODES)}.")
-        if bool(self.model_name_or_path) == bool(self.config_name):
-            raise ValueError(
-                f"`model_name_or_path` is {self.model_name_or_path!r} and `config_name` is {self.config_name!r};"
-                " exactly one of them is needed: a checkpoint to start from, or what to build from scratch."
-            )
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}; it must be in [0, 1).")
+        check_start(self)
         check_at_least(self, 1, "knn_k", "feature_stage")
         if not self.knn_temperature > 0:
             raise ValueError(f"`knn_temperature` is {self.knn_temperature}; it must be positive.")
@@ -151,11 +147,7 @@ class DataArguments(ImageDataArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.dataset_name and (self.train_dir or self.validation_dir):
-            given = "train_dir" if self.train_dir else "validation_dir"
-            raise ValueError(
-                f"`dataset_name` is {self.dataset_name!r} and `{given}` is {getattr(self, given)!r}; give one of them."
-            )
+        check_one_source(self)
 
 
 def load_data(data: DataArguments, args: ClassificationTrainingArguments) -> LabelledData:

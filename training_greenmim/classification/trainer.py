@@ -88,7 +88,7 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of a training batch of uint8 images, augmented and mixed; it stops at one that is not finite."""
         self.report_unreadable(inputs["unreadable"])
-        self.keep_frozen_layers_in_evaluation_mode()
+        self._keep_frozen_layers_in_evaluation_mode()
         images, targets = self.augmentation(inputs["pixel_values"]), inputs["labels"]
         if self.mixing is not None:
             images, targets = self.mixing(images, targets)
@@ -101,6 +101,15 @@ class ClassificationTrainer(EMATrainerMixin, ImageTrainer):
         )
         self.check_finite(loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _keep_frozen_layers_in_evaluation_mode(self) -> None:
+        # A frozen encoder drops no path and keeps its statistics; what has no parameters is not frozen.
+        if all(parameter.requires_grad for parameter in self.model.parameters()):
+            return
+        for module in self.model.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                module.eval()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """No loss, but logits, which images were readable, and labels of an evaluation batch."""

@@ -4,7 +4,14 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..runs.arguments import ImageDataArguments, ImageTrainingArguments, ModelSourceArguments, check_at_least
+from ..runs.arguments import (
+    ImageDataArguments,
+    ImageTrainingArguments,
+    ModelSourceArguments,
+    check_at_least,
+    check_one_source,
+    check_start,
+)
 from .recipes import HELP
 
 
@@ -32,13 +39,7 @@ class DenseModelArguments(ModelSourceArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if bool(self.model_name_or_path) == bool(self.config_name):
-            raise ValueError(
-                f"`model_name_or_path` is {self.model_name_or_path!r} and `config_name` is {self.config_name!r};"
-                " exactly one of them is needed: a checkpoint to start from, or what to build from scratch."
-            )
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"`drop_path_rate` is {self.drop_path_rate}; it must be in [0, 1).")
+        check_start(self)
         check_at_least(self, 0, "freeze_stages")
 
 
@@ -60,11 +61,7 @@ class DenseDataArguments(ImageDataArguments):
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)!r}, which is for images alone, not for those with annotations."
                 )
-        if self.dataset_name and (self.train_dir or self.validation_dir):
-            given = "train_dir" if self.train_dir else "validation_dir"
-            raise ValueError(
-                f"`dataset_name` is {self.dataset_name!r} and `{given}` is {getattr(self, given)!r}; give one of them."
-            )
+        check_one_source(self)
         if not (self.dataset_name or self.train_dir or self.validation_dir or self.test_dir):
             raise ValueError("There are no images: give `train_dir`, `validation_dir`, `test_dir` or `dataset_name`.")
 

@@ -13,25 +13,22 @@ from transformers.utils import logging
 
 from ..classification.metrics import load_shipped
 from ..data.images import image_name
-from ..pretraining.pictures import drawn_channels
 from ..runs.card import write_detection_card
-from ..runs.extras import require
-from ..runs.trainer import ImageTrainer
 from .coco import IMAGE_ID, OBJECTS, encode_mask
 from .detecting import Detections, boxes_of, instances_of
 from .object_pictures import comparison, draw_objects
 from .objects import CollateObjects, EveryObjects, mask_of
 from .pictures import prediction_names
+from .trainer import PICTURE, DenseTrainer
 
 
 logger = logging.get_logger(__name__)
 
-PICTURE = "predictions.png"
 # The least score of what pictures show.
 SHOWN = 0.5
 
 
-class DetectionTrainer(ImageTrainer):
+class DetectionTrainer(DenseTrainer):
     """Trains a model of object detection, or of instance segmentation, and evaluates it on whole images.
 
     Args:
@@ -40,31 +37,17 @@ class DetectionTrainer(ImageTrainer):
         kwargs: those of `ImageTrainer`.
     """
 
-    # The loss is a mean over a micro-batch, though the model's forward takes any keyword.
-    loss_is_scaled_for_ga = False
-
     def __init__(self, *args, with_masks: bool, category_ids: list[int], **kwargs):
         super().__init__(*args, **kwargs)
         self.with_masks, self.category_ids = with_masks, category_ids
         self.train_collator = CollateObjects()
         self.data_collator = CollateObjects(self.args.size_divisor or 1)
-        config = self.model.config
-        self.names = [config.id2label[number] for number in range(config.num_labels)]
-        self.augmentation = self.normalize
-        if self.args.color_jitter:
-            require("kornia", "augmentation")
-            from ..classification.augmentation import BatchAugmentation  # other runs do without kornia
-
-            self.augmentation = BatchAugmentation(None, self.args.color_jitter, 0.0, self.scaling)
         self.found: dict[int, Detections] = {}
         self.shown: dict[int, np.ndarray] = {}
-        self.predictions_folder: Path | None = None
-        self.last_picture: str | None = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Loss of a training batch, augmented; it stops at one that is not finite."""
         self.report_unreadable(inputs["unreadable"])
-        self.keep_frozen_layers_in_evaluation_mode()
         images, labels = self.augmentation(inputs["pixel_values"]), inputs["labels"]
         if self.with_masks:
             targets = {
@@ -100,7 +83,9 @@ class DetectionTrainer(ImageTrainer):
         is_drawn = index < self.args.num_pictures and self.is_world_process_zero()
         if not is_drawn and self.predictions_folder is None:
             return
-        pixels = self._pixels(image, found.size)
+        # In the image's own size.
+        pixels = Image.fromarray(self.pixels_to_look_at(image)).resize(found.size, Image.Resampling.BICUBIC)
+        pixels = np.array(pixels)
         if is_drawn:
             self.shown[index] = pixels
         if self.predictions_folder is not None:
@@ -108,13 +93,6 @@ class DetectionTrainer(ImageTrainer):
             path = self.predictions_folder / "overlays" / f"{self.prediction_names[index]}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
-
-    def _pixels(self, image: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-        """uint8 `(height, width, 3)` to look at, in the image's own size."""
-        chosen = drawn_channels(self.args.picture_channels, image.shape[0])
-        pixels = (self.scaling.unit(image[chosen]) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        pixels = pixels if pixels.shape[2] == 3 else pixels.repeat(3, axis=2)
-        return np.array(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """As `Trainer`'s, with COCO's metric where there are annotations, and a picture; it returns no predictions."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 from ..runs.arguments import check_at_least
 from .arguments import DenseDataArguments, DenseModelArguments, DenseTrainingArguments
 from .models import is_finished, saved_processing
+from .recipes import values_of
 
 
 # Of batches for finished models whose images keep their aspect, where their processor does not tell.
@@ -80,9 +81,7 @@ def recipe_defaults(chosen: dict) -> dict:
         `ValueError`: for an unknown recipe, and for a checkpoint that is not there.
     """
     name = chosen["recipe"] or "small-data"
-    if name not in RECIPES:
-        raise ValueError(f"`recipe` is {name!r}; it must be one of {', '.join(RECIPES)}.")
-    values = dict(RECIPES[name])
+    values = values_of(RECIPES, name)
     if chosen["model_name_or_path"] and is_finished(chosen["model_name_or_path"]):
         values |= _sizes_of(chosen["model_name_or_path"])
     elif name == "small-data" and chosen["task"] in SMALL_HEADS:

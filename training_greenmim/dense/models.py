@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from modeling_greenmim import GreenMIMBackbone, GreenMIMConfig, GreenMIMImageProcessorPil, GreenMIMModel
 from modeling_greenmim.conversion import CheckpointError, build_head
+from modeling_greenmim.heads_greenmim import backbone_of
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 
 from ..compat import without_load_report
@@ -135,18 +136,6 @@ def _load_finished(model_args, auto_classes: tuple, names: list[str] | None) -> 
     if names is not None and names != trained and not new.mismatched:
         logger.warning(f"The head of {name!r} was trained for {trained}; it goes on with {names}.")
     return model, GreenMIMImageProcessorPil.from_pretrained(name), f"`{name}`"
-
-
-def backbone_of(model: nn.Module) -> GreenMIMBackbone:
-    """The backbone of ours in a model.
-
-    Raises:
-        `ValueError`: for a model without one.
-    """
-    for module in model.modules():
-        if isinstance(module, GreenMIMBackbone):
-            return module
-    raise ValueError(f"The model is a {type(model).__name__} without a backbone of GreenMIM.")
 
 
 def freeze_stages(model: nn.Module, count: int) -> None:

@@ -45,6 +45,17 @@ HELP = (
 )
 
 
+def values_of(recipes: dict[str, dict], name: str) -> dict:
+    """What a recipe sets, to be changed at will.
+
+    Raises:
+        `ValueError`: for an unknown recipe.
+    """
+    if name not in recipes:
+        raise ValueError(f"`recipe` is {name!r}; it must be one of {', '.join(recipes)}.")
+    return dict(recipes[name])
+
+
 def recipe_defaults(chosen: dict) -> dict:
     """Arguments that the chosen recipe sets.
 
@@ -55,9 +66,7 @@ def recipe_defaults(chosen: dict) -> dict:
         `ValueError`: for an unknown recipe, and for a checkpoint that is not there.
     """
     name = chosen["recipe"] or "small-data"
-    if name not in RECIPES:
-        raise ValueError(f"`recipe` is {name!r}; it must be one of {', '.join(RECIPES)}.")
-    values = dict(RECIPES[name])
+    values = values_of(RECIPES, name)
     start = chosen["model_name_or_path"]
     if start and is_finished(start):
         size = saved_processing(start).get("size") or {}

@@ -11,23 +11,19 @@ from transformers import Mask2FormerForUniversalSegmentation
 from transformers.utils import logging
 
 from ..data.image_dataset import EpochShuffle
-from ..pretraining.pictures import drawn_channels
 from ..runs.card import write_segmentation_card
-from ..runs.extras import require
-from ..runs.trainer import ImageTrainer
 from .metrics import count_pixels, segmentation_metrics
 from .models import class_scores
 from .pairs import EveryPair, collate_crops, collate_whole
 from .pictures import comparison, prediction_names, save_class_map, save_overlay
+from .trainer import PICTURE, DenseTrainer
 from .windows import score_in_windows
 
 
 logger = logging.get_logger(__name__)
 
-PICTURE = "predictions.png"
 
-
-class SegmentationTrainer(ImageTrainer):
+class SegmentationTrainer(DenseTrainer):
     """Trains a model of semantic segmentation on crops, and evaluates it on whole images of any sizes.
 
     Metrics are of all pixels together (`metrics/mean_iou`), and `loss` is the cross-entropy of a labelled pixel.
@@ -37,23 +33,10 @@ class SegmentationTrainer(ImageTrainer):
         kwargs: those of `ImageTrainer`.
     """
 
-    # The loss is a mean over a micro-batch, though the model's forward takes any keyword.
-    loss_is_scaled_for_ga = False
-
     def __init__(self, *args, ignore_index: int, **kwargs):
         super().__init__(*args, **kwargs)
         self.train_collator, self.data_collator = collate_crops, collate_whole
         self.ignore_index = ignore_index
-        config = self.model.config
-        self.names = [config.id2label[number] for number in range(config.num_labels)]
-        self.augmentation = self.normalize
-        if self.args.color_jitter:
-            require("kornia", "augmentation")
-            from ..classification.augmentation import BatchAugmentation  # other runs do without kornia
-
-            self.augmentation = BatchAugmentation(None, self.args.color_jitter, 0.0, self.scaling)
-        self.predictions_folder: Path | None = None
-        self.last_picture: str | None = None
         self._start_counting()
 
     def build_sampler(self, length: int) -> EpochShuffle:
@@ -130,19 +113,13 @@ class SegmentationTrainer(ImageTrainer):
         is_drawn = index < self.args.num_pictures and self.is_world_process_zero()
         if not is_drawn and self.predictions_folder is None:
             return
-        pixels = self._pixels(image)
+        pixels = self.pixels_to_look_at(image)
         if is_drawn:
             self.rows.append((pixels, None if labels is None else labels.cpu().numpy(), classes))
         if self.predictions_folder is not None:
             name = self.prediction_names[index]
             save_class_map(classes, len(self.names), self.predictions_folder / "masks" / f"{name}.png")
             save_overlay(pixels, classes, len(self.names), self.predictions_folder / "overlays" / f"{name}.png")
-
-    def _pixels(self, image: torch.Tensor) -> np.ndarray:
-        """uint8 `(height, width, 3)` to look at."""
-        chosen = drawn_channels(self.args.picture_channels, image.shape[0])
-        pixels = (self.scaling.unit(image[chosen]) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        return pixels if pixels.shape[2] == 3 else pixels.repeat(3, axis=2)
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """As `Trainer`'s, with metrics of the pixels of all images, and a picture; it returns no predictions."""

@@ -170,6 +170,36 @@ def check_at_least(arguments, least: int, *names: str) -> None:
             raise ValueError(f"`{name}` is {value}; it must be {least} or more.")
 
 
+def check_start(arguments) -> None:
+    """Refuses arguments of a model that name no start or two, and a rate of stochastic depth that is none.
+
+    Raises:
+        `ValueError`: naming the arguments.
+    """
+    start, config = arguments.model_name_or_path, arguments.config_name
+    if bool(start) == bool(config):
+        raise ValueError(
+            f"`model_name_or_path` is {start!r} and `config_name` is {config!r}; exactly one of them is needed: a"
+            " checkpoint to start from, or what to build from scratch."
+        )
+    if not 0 <= arguments.drop_path_rate < 1:
+        raise ValueError(f"`drop_path_rate` is {arguments.drop_path_rate}; it must be in [0, 1).")
+
+
+def check_one_source(arguments) -> None:
+    """Refuses a data set beside folders of images.
+
+    Raises:
+        `ValueError`: naming both arguments.
+    """
+    for name in ("train_dir", "validation_dir"):
+        if arguments.dataset_name and getattr(arguments, name):
+            raise ValueError(
+                f"`dataset_name` is {arguments.dataset_name!r} and `{name}` is {getattr(arguments, name)!r}; give one"
+                " of them."
+            )
+
+
 def has_bf16() -> bool:
     """Whether there is a CUDA device that computes in bf16, without emulating it."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -322,16 +322,6 @@ class ImageTrainer(CheckpointTrainer):
         torch.manual_seed(derived_seed(self.args.seed, MODEL, *self.step_key()))
         return super().training_step(model, inputs, num_items_in_batch)
 
-    def keep_frozen_layers_in_evaluation_mode(self) -> None:
-        """Of a model in training: what is frozen drops no path and keeps its statistics."""
-        # What has no parameters is not frozen.
-        if all(parameter.requires_grad for parameter in self.model.parameters()):
-            return
-        for module in self.model.modules():
-            parameters = list(module.parameters())
-            if parameters and not any(parameter.requires_grad for parameter in parameters):
-                module.eval()
-
     def step_key(self) -> tuple[int, int, int]:
         """Where the run stands: step, micro-batch and process."""
         return (*self._micro_batch_of_step, self.args.process_index)
