@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -394,8 +395,9 @@ def test_saved_and_loaded_it_computes_the_same(head, pretrained, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AUTO[head].from_pretrained(tmp_path)
     assert type(loaded) is type(model) and loaded.config.to_dict().keys() == model.config.to_dict().keys()
+    # Weights of a file are mapped where they lie in it, and products may round by alignment: both are copied first.
     with torch.no_grad():
-        assert torch.equal(scores(loaded(images())), scores(model(images())))
+        assert torch.equal(scores(deepcopy(loaded)(images())), scores(deepcopy(model)(images())))
     assert {"heads_greenmim.py", "modeling_greenmim.py", "swin.py"} < {path.name for path in tmp_path.glob("*.py")}
 
 
