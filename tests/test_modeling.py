@@ -333,9 +333,14 @@ def test_autocast(attn_implementation):
         outputs = model(images(), bool_masked_pos=mask)
     assert outputs.logits.dtype == torch.bfloat16
     assert outputs.loss.dtype == torch.float32
-    assert outputs.loss.item() == pytest.approx(expected.loss.item(), rel=0.02)
-    outputs.loss.backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    assert outputs.loss.item() == pytest.approx(expected.loss.item(), rel=1e-3)
+    # All gradients as one vector: those of some biases of norms are sums that nearly cancel, of which bf16 keeps little.
+    exact, rounded = (
+        torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(model.parameters()))])
+        for loss in (expected.loss, outputs.loss)
+    )
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
 def test_training_after_inference_mode():
