@@ -131,7 +131,8 @@ def main() -> None:
         " crops of 128 px in batches of 64. The teacher is EfficientNet-Lite0 with ImageNet weights at 256 px, its"
         " features kept for eight views of each photograph. Training is short, some six passes over all annotations:"
         " what is left of the difference after a longer one was not measured. bf16 on one thread of a processor with"
-        " bf16 units, beside other work. Made by `python benchmarks/camvid.py`."
+        " bf16 units, beside other work. Transformers' own example script learns the same:"
+        " [dense-example](dense-example.md). Made by `python benchmarks/camvid.py`."
     )
     write_page(args, study, "dense", text)
 

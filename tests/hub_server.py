@@ -135,7 +135,7 @@ def handler_of(hub: Hub):
                     if not found[3]
                     else []
                 )
-            elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            elif found := re.fullmatch(r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
                 self.resolve(*found.groups())
             elif found := re.fullmatch(r"/blobs/(\w+)", path):
                 self.answer(200, hub.blobs[found[1]], kind="application/octet-stream")

@@ -190,6 +190,9 @@ def test_annotations_that_are_no_json_or_lack_are_named(drawn, tmp_path):
         read_coco_folder(str(drawn / "train"), str(tmp_path / "notes.json"), "train_dir")
     with pytest.raises(ValueError, match=r"`validation_dir` .* without annotations.*`validation_annotations`"):
         read_coco_folder(str(tmp_path), None, "validation_dir")
+    (tmp_path / "annotations.json").write_text('{"images": []}')
+    with pytest.raises(ValueError, match=r"`test_dir` has '.*', which lacks the lists \['categories'\]"):
+        read_coco_folder(str(tmp_path), None, "test_dir")
 
 
 def test_images_without_annotations_are_told_and_left_out(drawn, tmp_path, caplog):
@@ -228,6 +231,10 @@ def test_column_of_objects_as_in_transformers_example(as_list):
     assert objects.names == ["cat", "dog"] and objects.skipped == {"empty boxes": 1}
     assert objects.records[0][OBJECTS]["bbox"] == [[1, 2, 3, 4]] and objects.records[0][OBJECTS]["category"] == [1]
     assert objects.records[1][OBJECTS]["bbox"] == []
+    nothing = datasets.Dataset.from_dict({"image": pixels, "objects": [values, None]}, features)
+    assert nothing["objects"][1] is None
+    records = read_objects_column(nothing, "image", "objects", "dataset_name").records
+    assert records[:][OBJECTS] == objects.records[:][OBJECTS]
     with pytest.raises(ValueError, match=r"`objects_column_name` is 'boxes', but .* has the columns"):
         read_objects_column(records, "image", "boxes", "dataset_name")
 
@@ -530,6 +537,12 @@ def test_run_trains_evaluates_and_predicts(pretrained, drawn, tmp_path, task, he
     plain = detect(tmp_path / "plain", *finished, "--test_dir", images, "--do_predict")
     entries = json.loads((plain / "predictions" / "predictions.json").read_text())
     assert {one["image_id"] for one in entries} <= set(range(1, 7)) and len(entries) > 0
+
+    # A list of the images without annotations, as COCO has it for tests, gives them their numbers.
+    listed = changed(tmp_path / "listed", drawn / "validation", lambda content: content.pop("annotations"))
+    numbered = detect(tmp_path / "numbered", *finished, "--test_dir", listed, "--do_predict")
+    predictions = [folder / "predictions" / "predictions.json" for folder in (output, numbered)]
+    assert predictions[0].read_text() == predictions[1].read_text()
 
 
 @pytest.mark.parametrize("task, head", [("detection", RT_DETR), ("instances", MASK2FORMER)])

@@ -384,8 +384,18 @@ def test_a_finished_folder_goes_on_with_its_classes(script, finished, tmp_path):
 
 
 def test_a_finished_folder_is_seen_in_windows_of_its_crops(finished):
-    chosen = {"model_name_or_path": str(finished), "recipe": None, "head": "upernet", "learning_rate": None}
-    assert recipe_defaults(chosen)["crop_size"] == 32
+    chosen = {"model_name_or_path": str(finished), "recipe": None, "head": None, "learning_rate": None}
+    assert recipe_defaults(chosen)["crop_size"] == 32 and "eval_window" not in recipe_defaults(chosen)
+
+
+def test_a_finished_folder_is_seen_in_the_windows_of_its_evaluation(script, shapes, pretrained, tmp_path):
+    work = ("--do_train", "--do_eval", "--learning_rate", 0.01, "--eval_window", 0)
+    whole = segment(script, tmp_path / "whole", "--model_name_or_path", pretrained, *folders(shapes), *work)
+    common = ("--model_name_or_path", whole, "--validation_dir", shapes[1], "--do_eval")
+    again = segment(script, tmp_path / "again", *common)
+    assert results_of(again)["eval_loss"] == pytest.approx(results_of(whole)["eval_loss"])
+    windows = segment(script, tmp_path / "windows", *common, "--eval_window", 32)
+    assert results_of(windows)["eval_loss"] != pytest.approx(results_of(whole)["eval_loss"])
 
 
 def test_predictions_of_images_of_one_name_are_kept_apart():
@@ -636,6 +646,9 @@ def test_runs_that_lack_something(script, shapes, pretrained, finished, tmp_path
         given = ("--model_name_or_path", finished, f"--{argument}", "window_size=4", *folders(shapes), "--do_eval")
         with pytest.raises(ValueError, match=f"`{argument}` is .* a finished model"):
             segment(script, tmp_path, *given)
+    with pytest.raises(ValueError, match=r"`head` is 'mask2former', but .* a finished model, .* its head, 'upernet'"):
+        mask2former = ("--head", "mask2former", "--validation_dir", shapes[1], "--do_eval")
+        segment(script, tmp_path, "--model_name_or_path", finished, *mask2former)
     with pytest.raises(ValueError, match="Nothing to do"):
         segment(script, tmp_path, "--model_name_or_path", pretrained, *folders(shapes))
     with pytest.raises(ValueError, match="There are no images"):

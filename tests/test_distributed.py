@@ -193,6 +193,44 @@ def test_a_loss_that_breaks_in_one_process_stops_all_before_anything_is_saved(tm
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-1", "checkpoint-2"]
 
 
+# What the first process alone does, and fails at: with an error of Python's, and one that cannot travel as it is.
+FIRST_FAILS = """
+import os, sys
+from transformers import TrainingArguments
+from training_greenmim.runs.processes import leave_processes, on_main_process
+
+class Stubborn(Exception):
+    def __init__(self, message, cause):
+        super().__init__(message)
+
+def fail(error):
+    raise error
+
+args = TrainingArguments(sys.argv[1], use_cpu=True, ddp_backend="gloo", report_to="none")
+for name, error in (("key", KeyError("place")), ("stubborn", Stubborn("It broke.", None))):
+    try:
+        on_main_process(args, lambda: fail(error))
+    except Exception as raised:
+        with open(f"{sys.argv[1]}-{name}-{os.environ['RANK']}", "w") as file:
+            file.write(repr(raised))
+assert on_main_process(args, lambda: args.process_index) == 0
+leave_processes()
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_the_first_process_ends_all(tmp_path):
+    (tmp_path / "fails.py").write_text(FIRST_FAILS)
+    run_in_processes(tmp_path / "fails.py", [str(tmp_path / "out")])
+    raised = {path.name: path.read_text() for path in tmp_path.glob("out-*")}
+    assert raised == {
+        "out-key-0": "KeyError('place')",
+        "out-key-1": "KeyError('place')",
+        "out-stubborn-0": "Stubborn('It broke.')",
+        "out-stubborn-1": "RuntimeError('The first process ended with Stubborn: It broke.')",
+    }
+
+
 # Examples
 
 

@@ -97,6 +97,7 @@ def test_tests_and_benchmarks_import_what_is_declared():
         "torchvision",
         "packaging",
         "run_semantic_segmentation",
+        "camvid",
         "elpv",
         "targets",
         "benchmarks",

@@ -165,9 +165,10 @@ def run(
             keep_statistics(checkpoint, image_processor)
         channels = channels_of(model.config)
         set_statistics(image_processor, data_args.statistics, parts["train"], IMAGE, channels, args)
-        # Images keep their size; a finished folder is evaluated in windows of that of the crops.
+        # Images keep their size; a finished folder is evaluated in the same windows, usually as large as the crops.
         image_processor.do_resize = False
         image_processor.size = {"height": args.crop_size, "width": args.crop_size}
+        image_processor.eval_window = None if args.eval_window == args.crop_size else args.eval_window
         freeze_stages(model, model_args.freeze_stages)
     images = build_datasets(parts, args, data_args, model, image_processor)
     trainer = SegmentationTrainer(

@@ -106,8 +106,12 @@ class DenseTrainingArguments(ImageTrainingArguments):
 class SegmentationModelArguments(DenseModelArguments):
     """Which model segments images."""
 
-    head: str = field(
-        default="upernet", metadata={"help": "What turns features into classes: upernet or mask2former."}
+    head: str | None = field(
+        default=None,
+        metadata={
+            "help": "What turns features into classes: upernet (the default) or mask2former; a finished model keeps"
+            " its own."
+        },
     )
     recipe: str | None = field(default=None, metadata={"help": HELP})
 

@@ -139,7 +139,7 @@ def read_coco_folder(folder: str, annotations: str | None, argument: str) -> Obj
     Args:
         folder: of the images, or with a folder `images` of them; names in the annotations are relative to it.
         annotations: the file; None = `annotations.json` in the folder.
-        argument: that names the folder, for messages.
+        argument: that names the folder, for messages. Images of `test_dir` need no annotations, only their list.
 
     Raises:
         `ValueError`: for files that are no such annotations, for images that they name and the folder lacks, and for
@@ -154,7 +154,8 @@ def read_coco_folder(folder: str, annotations: str | None, argument: str) -> Obj
             f"`{argument}` is {folder!r}, without annotations: there is no file {path!r}. Name the COCO JSON file by"
             f" `{given}`."
         )
-    content = _read_json(path, given)
+    is_test = argument == "test_dir"
+    content = _read_json(path, f"`test_dir` has {path!r}" if is_test else f"`{given}` is {path!r}", is_test)
     root = os.path.join(folder, IMAGES) if os.path.isdir(os.path.join(folder, IMAGES)) else folder
     images = _by_id(content["images"], "images", path)
     categories = _by_id(content["categories"], "categories", path)
@@ -181,17 +182,20 @@ def read_coco_folder(folder: str, annotations: str | None, argument: str) -> Obj
     return Objects(_dataset(records), names, ids, argument, dict(counts))
 
 
-def _read_json(path: str, given: str) -> dict:
+def _read_json(path: str, given: str, is_test: bool) -> dict:
+    """The content of a file that messages call `given`; one of images to predict may lack annotations."""
     try:
         content = json.loads(Path(path).read_bytes())
     except ValueError as error:
-        raise ValueError(f"`{given}` is {path!r}, which is not valid JSON: {error}") from error
+        raise ValueError(f"{given}, which is not valid JSON: {error}") from error
+    if is_test and isinstance(content, dict):
+        content.setdefault("annotations", [])
     wanted = ("images", "annotations", "categories")
     missing = [name for name in wanted if not isinstance(content, dict) or not isinstance(content.get(name), list)]
     if missing:
-        raise ValueError(f"`{given}` is {path!r}, which lacks the lists {missing} of a COCO JSON file.")
+        raise ValueError(f"{given}, which lacks the lists {missing} of a COCO JSON file.")
     if not content["images"] or not content["categories"]:
-        raise ValueError(f"`{given}` is {path!r}, without images or without categories.")
+        raise ValueError(f"{given}, without images or without categories.")
     return content
 
 
@@ -372,8 +376,10 @@ def _category_feature(feature):
     return getattr(inner["category"], "feature", inner["category"])
 
 
-def _as_list(objects) -> list[dict]:
-    """A struct of lists or a list of structs -> a list."""
+def _as_list(objects: dict | list | None) -> list[dict]:
+    """A struct of lists or a list of structs -> a list; an image without either has no objects."""
+    if objects is None:
+        return []
     if isinstance(objects, dict):
         return [dict(zip(objects, values)) for values in zip(*objects.values())]
     return [dict(one) for one in objects]

@@ -11,7 +11,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging
 
 from modeling_greenmim import GreenMIMBackbone, GreenMIMConfig, GreenMIMImageProcessorPil, GreenMIMModel
-from modeling_greenmim.conversion import CheckpointError, build_head
+from modeling_greenmim.conversion import HEADS, CheckpointError, build_head
 from modeling_greenmim.heads_greenmim import backbone_of
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 
@@ -21,6 +21,9 @@ from ..runs.starts import Start, carry_channels, check_changes, image_processor_
 
 
 logger = logging.get_logger(__name__)
+
+# Of a new head where none is named.
+DEFAULT_HEAD = "upernet"
 
 
 def load_dense_model(
@@ -87,7 +90,9 @@ def _with_head(folder: str, model_args, names: list[str], overrides: dict, confi
     try:
         head_overrides = parse_overrides(model_args.head_overrides, "head_overrides")
         with without_load_report():
-            model = build_head(folder, model_args.head, dict(enumerate(names)), overrides, head_overrides)
+            model = build_head(
+                folder, model_args.head or DEFAULT_HEAD, dict(enumerate(names)), overrides, head_overrides
+            )
     except CheckpointError as error:
         raise ValueError(str(error)) from error
     if model_args.attn_implementation:
@@ -116,6 +121,14 @@ def _load_finished(model_args, auto_classes: tuple, names: list[str] | None) -> 
     if auto_class is None:
         raise ValueError(
             f"`model_name_or_path` is {name!r}, of model type {config.model_type!r}, which is for another task."
+        )
+    trained_head = next(
+        (head for head, kind in HEADS.items() if isinstance(config, kind.model_class.config_class)), None
+    )
+    if model_args.head not in (None, trained_head):
+        raise ValueError(
+            f"`head` is {model_args.head!r}, but `model_name_or_path` is {name!r}, a finished model, which keeps its"
+            f" head, {trained_head or config.model_type!r}."
         )
     config.backbone_config.drop_path_rate = model_args.drop_path_rate
     trained = [config.id2label[number] for number in range(config.num_labels)]

@@ -1,7 +1,7 @@
 # Copyright 2026 The GreenMIM for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Recipes of `run_semantic_segmentation.py`: named sets of arguments, each of which a flag or file may change."""
 
-from .models import is_finished, saved_processing
+from .models import DEFAULT_HEAD, is_finished, saved_processing
 
 
 RECIPES = {
@@ -69,9 +69,11 @@ def recipe_defaults(chosen: dict) -> dict:
     values = values_of(RECIPES, name)
     start = chosen["model_name_or_path"]
     if start and is_finished(start):
-        size = saved_processing(start).get("size") or {}
-        values["crop_size"] = size.get("height", values["crop_size"])
-    elif name == "small-data" and chosen["head"] == "upernet":
+        saved = saved_processing(start)
+        values["crop_size"] = (saved.get("size") or {}).get("height", values["crop_size"])
+        if saved.get("eval_window") is not None:
+            values["eval_window"] = saved["eval_window"]
+    elif name == "small-data" and chosen["head"] in (None, DEFAULT_HEAD):
         values["head_overrides"] = SMALL_UPERNET
     if chosen["learning_rate"] is not None:
         del values["base_learning_rate"]

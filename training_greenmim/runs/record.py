@@ -39,6 +39,7 @@ FREE |= {"torch_empty_cache_steps", "use_cache"}
 FREE |= {"config_name", "config_overrides", "dataset_config_name", "dataset_name", "image_column_name"}
 FREE |= {
     "annotation_column_name",
+    "head",
     "ignore_mismatched_sizes",
     "label_column_name",
     "labels_file",
