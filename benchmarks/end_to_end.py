@@ -1,17 +1,20 @@
 """Throughput of run_mim.py's trainer, with its data, against the bare training step of the same model.
 
-Swin-T size, 224 px, the ELPV photographs. Bare steps (fixed images in memory) and runs of the trainer (decoding,
-augmentation and normalisation included; its first steps, which wait for the workers to start, left out) take turns.
+Swin-T size, 224 px, the ELPV photographs, or JPEG files made from them (see loading.py). Bare steps (fixed images in
+memory) and runs of the trainer (decoding, augmentation and normalisation included; its first steps, which wait for the
+workers to start, left out) take turns.
 
-    python benchmarks/end_to_end.py --batch_size 32
+    python benchmarks/end_to_end.py --batch_size 32 --photograph 500 375
 """
 
 import argparse
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import torch
+from loading import write_photographs
 from training_step import loss_on_fresh_masks
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -19,11 +22,15 @@ from transformers.utils import logging
 from modeling_greenmim import GreenMIMForPreTraining
 from modeling_greenmim.image_processing_greenmim import build_image_processor
 from training_greenmim.data.image_dataset import ImageDataset
-from training_greenmim.data.readers import elpv
+from training_greenmim.data.readers import elpv, load_folder
 from training_greenmim.data.transforms import TrainTransform
 from training_greenmim.pretraining.trainer import MIMTrainer
 from training_greenmim.runs.arguments import MIMTrainingArguments
 from training_greenmim.runs.models import build_config
+
+
+# JPEG files, which a run reads more than once.
+IMAGES = 512
 
 
 class StepTimes(TrainerCallback):
@@ -88,16 +95,20 @@ def main() -> None:
     parser.add_argument("--skipped", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--photograph", type=int, nargs=2, help="width and height of JPEG files; default: ELPV's PNGs")
     args = parser.parse_args()
     logging.set_verbosity_error()
     model = GreenMIMForPreTraining(build_config("tiny"))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    records, _ = elpv()
     bare, whole = [], []
-    for _ in range(args.rounds):
-        bare.append(bare_images_per_second(model, args, args.steps))
-        whole.append(trainer_images_per_second(model, records, args, args.steps))
-        print(f"bare step {bare[-1]:.1f} images/s, end to end {whole[-1]:.1f}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.photograph:
+            write_photographs(Path(folder), IMAGES, tuple(args.photograph))
+        records = load_folder(folder, "folder") if args.photograph else elpv()[0]
+        for _ in range(args.rounds):
+            bare.append(bare_images_per_second(model, args, args.steps))
+            whole.append(trainer_images_per_second(model, records, args, args.steps))
+            print(f"bare step {bare[-1]:.1f} images/s, end to end {whole[-1]:.1f}", flush=True)
     ratio = statistics.median(end / start for start, end in zip(bare, whole))
     print(
         f"median: bare step {statistics.median(bare):.1f} images/s, end to end {statistics.median(whole):.1f},", end=""

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 
 import datasets
-import evaluate
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -92,12 +91,16 @@ def datasets_cache_folder() -> str:
 
 def evaluate_endpoint() -> str:
     """Address of the Hub that `evaluate` asks for metrics."""
+    import evaluate  # here, for other runs do without
+
     return evaluate.config.HF_ENDPOINT
 
 
 @contextlib.contextmanager
 def evaluate_offline() -> Iterator[None]:
     """Makes `evaluate` look into its cache only."""
+    import evaluate
+
     before = evaluate.config.HF_EVALUATE_OFFLINE
     evaluate.config.HF_EVALUATE_OFFLINE = True
     try:

@@ -6,17 +6,20 @@ import numbers
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import datasets
-import evaluate
 import numpy as np
-import requests
 from huggingface_hub import is_offline_mode
 from transformers.utils import logging
 
 from ..compat import evaluate_endpoint, evaluate_offline
 from ..runs.extras import require
 
+
+if TYPE_CHECKING:
+    # Imported where metrics are loaded: it brings much of SciPy, and other runs do without.
+    import evaluate
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +51,7 @@ def default_metrics(num_labels: int) -> list[str]:
     return names
 
 
-def load_metrics(names: list[str] | None, num_labels: int) -> list[evaluate.EvaluationModule]:
+def load_metrics(names: list[str] | None, num_labels: int) -> "list[evaluate.EvaluationModule]":
     """Loads metrics, and tries each on a made-up sample of every class.
 
     Any number of processes may do so at once. The network is asked only for a metric of the Hub.
@@ -70,12 +73,16 @@ def load_metrics(names: list[str] | None, num_labels: int) -> list[evaluate.Eval
     return metrics
 
 
-def load_shipped(name: str) -> evaluate.EvaluationModule:
+def load_shipped(name: str) -> "evaluate.EvaluationModule":
     """A metric of the folder metrics/."""
+    import evaluate
+
     return evaluate.load(str(_shipped_folder() / name), keep_in_memory=True)
 
 
-def _load(name: str) -> evaluate.EvaluationModule:
+def _load(name: str) -> "evaluate.EvaluationModule":
+    import evaluate
+
     reachable = True
     try:
         if name in SHIPPED_METRICS:
@@ -112,6 +119,8 @@ def _hub_answers() -> bool:
     # `evaluate` itself knows nothing of HF_HUB_OFFLINE and waits minutes for a network that swallows its requests.
     if is_offline_mode():
         return False
+    import requests  # here, for metrics of the Hub only
+
     try:
         requests.head(evaluate_endpoint(), timeout=HUB_TIMEOUT)
     except requests.RequestException:
@@ -119,7 +128,7 @@ def _hub_answers() -> bool:
     return True
 
 
-def _try_out(metric: evaluate.EvaluationModule, name: str, num_labels: int) -> None:
+def _try_out(metric: "evaluate.EvaluationModule", name: str, num_labels: int) -> None:
     """Computes a metric once, so that one that does not suit fails before training and not after it."""
     try:
         _compute(metric, np.eye(num_labels, dtype=np.float32), np.arange(num_labels))
@@ -130,7 +139,7 @@ def _try_out(metric: evaluate.EvaluationModule, name: str, num_labels: int) -> N
 
 
 def compute_metrics(
-    metrics: list[evaluate.EvaluationModule],
+    metrics: "list[evaluate.EvaluationModule]",
     logits: np.ndarray,
     labels: np.ndarray,
     readable: np.ndarray | None = None,
@@ -200,7 +209,7 @@ def _counted(logits: np.ndarray, labels: np.ndarray, readable: np.ndarray | None
     return counted, {"unreadable": int((~readable).sum()), "non_finite": int((readable & ~counted).sum())}
 
 
-def _compute(metric: evaluate.EvaluationModule, logits: np.ndarray, labels: np.ndarray) -> dict:
+def _compute(metric: "evaluate.EvaluationModule", logits: np.ndarray, labels: np.ndarray) -> dict:
     name, inputs = _input_of(metric, logits)
     for start in range(0, len(labels), SAMPLES_AT_A_TIME):
         part = slice(start, start + SAMPLES_AT_A_TIME)
@@ -209,7 +218,7 @@ def _compute(metric: evaluate.EvaluationModule, logits: np.ndarray, labels: np.n
     return metric.compute()
 
 
-def _input_of(metric: evaluate.EvaluationModule, logits: np.ndarray) -> tuple[str, np.ndarray]:
+def _input_of(metric: "evaluate.EvaluationModule", logits: np.ndarray) -> tuple[str, np.ndarray]:
     """Name and value of what a metric judges."""
     features = metric.features if isinstance(metric.features, datasets.Features) else metric.features[0]
     if "prediction_scores" not in features:

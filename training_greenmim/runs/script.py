@@ -2,6 +2,7 @@
 """What the scripts share: how errors are shown, checks, training, evaluation and the end of a run."""
 
 import errno
+import gc
 import logging
 import os
 import sys
@@ -38,6 +39,9 @@ def run_script(main: Callable[[], None]) -> None:
     These are `EXPECTED_ERRORS`, missing packages and full disks; argparse ends likewise. Any other is a defect and
     keeps its traceback, as every error does with --debug. Of several processes only the first one prints.
     """
+    # What was imported stays: no look for garbage goes through it again, and workers, which are forks, do not copy it.
+    gc.freeze()
+    gc.enable()
     try:
         main()
         leave_processes()

@@ -4,11 +4,6 @@
 import warnings
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from .features import Features
 
@@ -23,6 +18,13 @@ INVERSE_PENALTY, ITERATIONS = 0.1, 100
 
 def measure(features: Features) -> dict[str, float]:
     """Share of images that a linear classifier, trained on the other half, gets right; the draw is always the same."""
+    # Here, for runs without labelled images do without.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     values, labels = features.pooled.cpu().numpy(), features.labels.cpu().numpy()
     # A class of a single image cannot be in both parts.
     usable = np.bincount(labels)[labels] >= FOLDS
