@@ -7,7 +7,7 @@ from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_greenmim import GreenMIMConfig
-from .layout import move_tokens, split_heads, take_tokens
+from .layout import move_tokens, parts_for_cache, split_heads, take_tokens
 from .plans import GroupPlan, has_padding, num_groups
 
 
@@ -26,7 +26,9 @@ def eager_attention_forward(
     if attention_mask is None:
         weights = weights * scaling
     else:
-        weights = torch.add(attention_mask, weights, alpha=scaling)  # one pass over memory
+        # One pass over memory, and without gradients in place.
+        result = None if torch.is_grad_enabled() else weights
+        weights = torch.add(attention_mask, weights, alpha=scaling, out=result)
     weights = nn.functional.softmax(weights, dim=-1).to(value.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights
@@ -35,16 +37,20 @@ def eager_attention_forward(
 def attend(module: nn.Module, query, key, value, attention_mask=None):
     """Runs the attention implementation that the module's configuration names."""
     implementation = module.config._attn_implementation
-    if implementation == "sdpa" and query.device.type == "cpu" and _needs_gradient(attention_mask):
-        # No fused kernel of the CPU has a gradient for the bias; SDPA's fallback makes a training step 7 % slower.
+    if implementation == "sdpa" and query.device.type == "cpu" and _is_faster_written_out(attention_mask):
         implementation = "eager"
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     dropout = module.config.attention_probs_dropout_prob if module.training else 0.0
     return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=query.shape[-1] ** -0.5)
 
 
-def _needs_gradient(attention_mask: torch.Tensor | None) -> bool:
-    return attention_mask is not None and attention_mask.requires_grad
+def _is_faster_written_out(attention_mask: torch.Tensor | None) -> bool:
+    """Whether a CPU is faster without a fused kernel, in groups as small as those of windows."""
+    if attention_mask is None:
+        return False
+    # No fused kernel of the CPU has a gradient for the bias; SDPA's fallback makes a training step 7 % slower. Without
+    # gradients the kernel takes 1.3 to 1.6 times as long as products and softmax in parts of the batch (bf16).
+    return attention_mask.requires_grad or not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 class GreenMIMWindowAttention(nn.Module):
@@ -80,21 +86,35 @@ class GreenMIMWindowAttention(nn.Module):
     def forward(self, hidden_states: torch.Tensor, plan: GroupPlan) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(batch, num_tokens, width)` -> the same, and attention weights `(batch, heads * groups, slots, slots)`.
 
-        Groups are folded into the heads, so that one bias serves the batch.
+        Groups are folded into the heads, so that one bias serves the batch. Where samples are taken in parts there
+        are no weights.
         """
-        moves = plan.token_of_slot is not None
+        in_parts = plan.bias_index.shape[0] == 1 and self.config._attn_implementation != "eager"
+        parts = parts_for_cache(hidden_states) if in_parts else (hidden_states,)
+        bias, outputs = None, []
+        for part in parts:
+            query, key, value = self._to_heads(part, plan)
+            bias = self.bias(plan, query.dtype) if bias is None else bias
+            output, weights = attend(self, query, key, value, bias)
+            outputs.append(self._from_heads(output, plan))
+        return (outputs[0], weights) if len(outputs) == 1 else (torch.cat(outputs), None)
+
+    def _to_heads(self, hidden_states: torch.Tensor, plan: GroupPlan) -> tuple[torch.Tensor, ...]:
+        """Tokens -> queries, keys and values `(batch, heads * groups, slots, head_dim)`."""
         # What is moved is least before the projection; but with padding, projecting tokens alone costs less.
-        if moves and not has_padding(plan):
+        if plan.token_of_slot is not None and not has_padding(plan):
             hidden_states = self._to_slots(hidden_states, plan)
         qkv = self.qkv(hidden_states)
         if has_padding(plan):
             qkv = self._to_slots(qkv, plan)
-        query, key, value = split_heads(qkv, self.num_heads, num_groups(plan))
-        output, weights = attend(self, query, key, value, self.bias(plan, query.dtype))
+        return split_heads(qkv, self.num_heads, num_groups(plan))
+
+    def _from_heads(self, output: torch.Tensor, plan: GroupPlan) -> torch.Tensor:
+        """Outputs `(batch, slots, heads * groups, head_dim)` -> tokens."""
         output = output.unflatten(2, (self.num_heads, -1)).permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)
-        if moves:
+        if plan.token_of_slot is not None:
             output = self._to_tokens(output, plan)
-        return self.proj(output), weights
+        return self.proj(output)
 
     @staticmethod
     def _to_slots(tokens: torch.Tensor, plan: GroupPlan) -> torch.Tensor:

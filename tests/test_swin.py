@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import SwinConfig, SwinModel
 
-from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel, blocks, packing, plan_mask, planning
+from modeling_greenmim import GreenMIMForPreTraining, GreenMIMModel, attention, layout, packing, plan_mask, planning
 from modeling_greenmim.attention import GreenMIMWindowAttention
 from modeling_greenmim.blocks import GreenMIMDropPath, GreenMIMMLP
 from tests.oracle import (
@@ -181,19 +181,30 @@ def test_the_plan_changes_no_result(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["shared", "per sample", "none"])
-@pytest.mark.parametrize("grad", [True, False])
-def test_eager_equals_sdpa(kind, grad):
+@pytest.mark.parametrize("grad", ["of all", "of images", "none"])
+def test_eager_equals_sdpa(kind, grad, monkeypatch):
+    """On a CPU `sdpa` runs the fused kernel where there are gradients, but none of the bias."""
     mask = {"shared": random_masks(1, 36, 12), "per sample": random_masks(2, 36, 12), "none": None}[kind]
     models = [
         randomize(GreenMIMModel._from_config(tiny_config(), attn_implementation=name)) for name in ("eager", "sdpa")
     ]
     assert [model.config._attn_implementation for model in models] == ["eager", "sdpa"]
-    if grad:
+    if grad == "of all":
         assert_all_close(run(models[1], mask), run(models[0], mask))
         return
-    with torch.no_grad():
-        outputs = [model(random_images(2, 96, 96), bool_masked_pos=mask).last_hidden_state for model in models]
-    assert_close(outputs[1], outputs[0])
+    pixel_values = random_images(2, 96, 96).requires_grad_(grad == "of images")
+    written_out, outputs = [], []
+    eager = attention.eager_attention_forward
+    monkeypatch.setattr(attention, "eager_attention_forward", lambda *a, **k: written_out.append(1) or eager(*a, **k))
+    with torch.set_grad_enabled(grad == "of images"):
+        for model in models:
+            written_out.clear()
+            latents = model.requires_grad_(False)(pixel_values, bool_masked_pos=mask).last_hidden_state
+            outputs.append({"latents": latents.detach()})
+            if grad == "of images":
+                outputs[-1]["pixel_values"] = torch.autograd.grad(weighted_sum([latents]), pixel_values)[0]
+    assert bool(written_out) == (grad == "none")
+    assert_all_close(outputs[1], outputs[0])
 
 
 def test_a_mask_shared_by_the_batch_equals_the_same_mask_per_sample():
@@ -223,10 +234,25 @@ def test_an_mlp_in_parts_equals_the_whole(monkeypatch):
     parts = []
     mlp.fc1.register_forward_hook(lambda module, inputs, output: parts.append(len(inputs[0])))
     expected = mlp(tokens)
-    monkeypatch.setattr(blocks, "CPU_TOKENS", 13)
+    monkeypatch.setattr(layout, "CPU_TOKENS", 13)
     with torch.no_grad():
         assert_close(mlp(tokens), expected)
     assert parts == [5, 2, 2, 1]
+
+
+@pytest.mark.parametrize("kind", ["shared", "per sample", "none"])
+def test_attention_in_parts_equals_the_whole(kind, monkeypatch):
+    """Masks that differ are planned together, and their samples stay together."""
+    mask = {"shared": random_masks(1, 36, 12), "per sample": random_masks(3, 36, 12), "none": None}[kind]
+    model, pixel_values = randomize(GreenMIMModel(tiny_config())), random_images(3, 96, 96)
+    expected = model(pixel_values, bool_masked_pos=mask).last_hidden_state
+    parts = []
+    projection = model.encoder.layers[0].blocks[0].attention.proj
+    projection.register_forward_hook(lambda module, inputs, output: parts.append(len(output)))
+    monkeypatch.setattr(layout, "CPU_TOKENS", 1)
+    with torch.no_grad():
+        assert_close(model(pixel_values, bool_masked_pos=mask).last_hidden_state, expected)
+    assert parts == ([3] if kind == "per sample" else [1, 1, 1])
 
 
 # Attention weights
