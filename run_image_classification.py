@@ -44,7 +44,7 @@ from training_greenmim.classification.probes import (
     use_neighbours,
 )
 from training_greenmim.classification.recipes import HELP, auto, recipe_defaults
-from training_greenmim.classification.trainer import ClassificationTrainer
+from training_greenmim.classification.trainer import ClassificationTrainer, loss_of_batch
 from training_greenmim.data import labels
 from training_greenmim.data.image_dataset import EveryImage, ImageDataset
 from training_greenmim.data.labels import LabelledData
@@ -76,6 +76,7 @@ from training_greenmim.runs.auto import Recipe
 from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
 from training_greenmim.runs.lock import locked_output
+from training_greenmim.runs.memory import fit_batch_size
 from training_greenmim.runs.models import build_config, check_overrides, parse_overrides, read_config
 from training_greenmim.runs.script import check_channels, evaluate, finish, run_script, train
 from training_greenmim.runs.starts import Start, carry_channels, check_changes, image_processor_of, start_of
@@ -425,10 +426,16 @@ def run(
     image_processor = as_evaluated(image_processor, model.config, args.crop_pct)
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     parts.number_as(names, "`train_dir`" if learns else "the model")
-    images = build_datasets(parts, args, model.config, image_processor)
-
     if model_args.mode == "linear" and args.do_train:
         freeze_encoder(model)
+    if args.auto_batch_size and args.do_train:
+        size = image_height_and_width(model.config, image_processor)
+        # Mixing and batch norm need two images.
+        least = 2 if args.mixup or args.cutmix or model_args.mode == "linear" else 1
+        loss_of = loss_of_batch(model.config, size)
+        fit_batch_size(args, model, loss_of, checkpoint, len(parts.train.records), least)
+    images = build_datasets(parts, args, model.config, image_processor)
+
     trainer = ClassificationTrainer(
         model,
         args,

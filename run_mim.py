@@ -45,7 +45,7 @@ from training_greenmim.pretraining.recipes import RECIPES, auto, recipe_defaults
 from training_greenmim.pretraining.targets import TargetArguments
 from training_greenmim.pretraining.teacher import Teacher, load_teacher
 from training_greenmim.pretraining.teacher_cache import CachedDataset, FixedViews, cached_features
-from training_greenmim.pretraining.trainer import MIMTrainer
+from training_greenmim.pretraining.trainer import MIMTrainer, loss_of_batch
 from training_greenmim.runs.arguments import (
     ImageDataArguments,
     MIMTrainingArguments,
@@ -56,6 +56,7 @@ from training_greenmim.runs.auto import Recipe
 from training_greenmim.runs.card import describe_run
 from training_greenmim.runs.checkpoints import find_checkpoint
 from training_greenmim.runs.lock import locked_output
+from training_greenmim.runs.memory import fit_batch_size
 from training_greenmim.runs.models import build_config, changed_config, from_pretrained, read_greenmim_config
 from training_greenmim.runs.script import evaluate, finish, run_script, train
 from training_greenmim.runs.starts import carry_channels, check_changes, image_processor_of, start_of
@@ -372,6 +373,10 @@ def run(
         # A run goes on with what it measured at its start.
         keep_statistics(checkpoint, image_processor)
     train_dataset, eval_dataset = build_datasets(data_args, target_args, args, model.config, image_processor, teacher)
+    if args.auto_batch_size and args.do_train:
+        takes_whole_batches = args.dataloader_drop_last or args.torch_compile
+        images = len(train_dataset) if takes_whole_batches and not data_args.streaming else None
+        fit_batch_size(args, model, loss_of_batch(model.config, args), checkpoint, images)
     trainer = MIMTrainer(
         model,
         args,

@@ -39,11 +39,13 @@ class Counter(TorchDispatchMode):
 
     Attributes:
         kernels, traffic, flops: calls, bytes and operations by the name of the operator.
+        calls: bytes and operations of each call, in order.
     """
 
     def __init__(self):
         super().__init__()
         self.kernels, self.traffic, self.flops = (collections.Counter() for _ in range(3))
+        self.calls: list[tuple[int, int]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Runs an operator and counts it."""
@@ -53,9 +55,12 @@ class Counter(TorchDispatchMode):
         if not function.is_view and packet.__name__ not in NOT_KERNELS:
             self.kernels[packet.__name__] += 1
             touched = [*_tensors((args, kwargs)), *_tensors(result)]  # what is changed in place counts twice
-            self.traffic[packet.__name__] += sum(tensor.numel() * tensor.element_size() for tensor in touched)
+            traffic, flops = sum(tensor.numel() * tensor.element_size() for tensor in touched), 0
+            self.traffic[packet.__name__] += traffic
             if packet in flop_registry:
-                self.flops[packet.__name__] += flop_registry[packet](*args, **kwargs, out_val=result)
+                flops = flop_registry[packet](*args, **kwargs, out_val=result)
+                self.flops[packet.__name__] += flops
+            self.calls.append((traffic, flops))
         return result
 
 

@@ -8,6 +8,7 @@ import datasets
 import evaluate
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import Dataset
 from transformers import (
@@ -28,6 +29,8 @@ from modeling_greenmim import GreenMIMConfig, GreenMIMModel
 from tests.oracle import tiny_config
 from tests.test_trainer import make_trainer
 from training_greenmim.compat import (
+    FakeTensorMode,
+    TorchDispatchMode,
     datasets_cache_folder,
     datasets_fingerprint,
     evaluate_endpoint,
@@ -35,6 +38,24 @@ from training_greenmim.compat import (
     make_next_training_create_a_scheduler,
     without_load_report,
 )
+
+
+# torch
+
+
+def test_tensors_without_values_run_operators_that_a_mode_sees():
+    seen = []
+
+    class Sees(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            seen.append((function.overloadpacket.__name__, result.untyped_storage().nbytes()))
+            return result
+
+    with FakeTensorMode(allow_non_fake_inputs=True), Sees():
+        tensor = torch.zeros(2**40) + torch.ones(1)  # 4 TB
+    message = "torch's FakeTensorMode or TorchDispatchMode do something else: training_greenmim/runs/memory.py"
+    assert ("add", 2**42) in seen and tensor.untyped_storage().nbytes() == 2**42, message
 
 
 # transformers

@@ -17,8 +17,30 @@ def counters(monkeypatch):
     import counters
 
     yield counters
-    for name in ("counters", "training_step"):
+    for name in ("counters", "roofline", "training_step"):
         sys.modules.pop(name, None)
+
+
+def test_a_call_takes_its_longest_bound(counters):
+    """Of the roofline: bytes by bandwidth, operations by peak, or the start of a kernel."""
+    from roofline import Device, expected_seconds
+
+    device = Device(bandwidth=100.0, peak=1000.0, launch=1.0)
+    seconds, shares = expected_seconds([(200, 10), (50, 5000), (99, 999), (0, 0)], device)
+    assert seconds == 2 + 5 + 1 + 1
+    assert shares == {"launches": 2 / 9, "bytes": 2 / 9, "products": 5 / 9}
+
+
+def test_a_step_of_the_roofline_ends_with_the_optimizer(counters):
+    import roofline
+
+    args = argparse.Namespace(
+        task="pretraining", size="tiny", batch_size=2, device="cpu", compile=False, inference=False
+    )
+    build = counters.chosen_builders(argparse.Namespace(**vars(args), reference=None, peers=[]))["greenmim"]
+    *calls, (traffic, flops) = roofline.calls_of_step(build, args, "bf16")
+    assert calls == counters.count(build, args, "bf16").calls
+    assert (traffic, flops) == (28 * sum(weight.numel() for weight in build(args)[0].parameters()), 0)
 
 
 def test_a_layer_by_hand(counters):
@@ -31,6 +53,7 @@ def test_a_layer_by_hand(counters):
     assert counter.kernels == {"addmm": 1, "add_": 1}
     assert counter.traffic == {"addmm": 4 * (4 * 8 + 8 * 16 + 16 + 4 * 16), "add_": 2 * 4 * 64}
     assert counter.flops == {"addmm": 2 * 4 * 8 * 16}
+    assert counter.calls == [(counter.traffic["addmm"], counter.flops["addmm"]), (counter.traffic["add_"], 0)]
 
 
 def of_greenmim(counters, batch: int, computed: bool = False, **changes):

@@ -3,12 +3,17 @@
 
 import csv
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.trainer_utils import PredictionOutput, SchedulerType
 from transformers.utils import logging
+
+from modeling_greenmim import GreenMIMConfig
+from modeling_greenmim.planning import plan_dense
 
 from ..compat import make_next_training_create_a_scheduler
 from ..data.image_dataset import EpochShuffle
@@ -16,6 +21,7 @@ from ..data.images import image_name
 from ..optimization import cosine_schedule, lars
 from ..runs.card import write_classifier_card
 from ..runs.extras import is_installed, require
+from ..runs.memory import LossOfBatch
 from ..runs.trainer import ImageTrainer
 from .ema import EMACallback, EMATrainerMixin
 from .metrics import compute_metrics, confusion_matrix, save_confusion_matrix
@@ -23,6 +29,29 @@ from .probes import folded_head
 
 
 logger = logging.get_logger(__name__)
+
+
+def loss_of_batch(config: PreTrainedConfig, size: tuple[int, int]) -> LossOfBatch:
+    """The loss of classification, to estimate its memory by; see `LossOfBatch`.
+
+    Args:
+        config: of the model.
+        size: height and width of its images.
+    """
+    shape = (getattr(config, "num_channels", 3), *size)
+
+    def planned(batch: int, device: torch.device) -> Callable[[nn.Module], torch.Tensor]:
+        if isinstance(config, GreenMIMConfig):
+            plan_dense(config, size, device)  # made here, where tensors have values, and found there
+
+        def loss_of(model: nn.Module) -> torch.Tensor:
+            logits = model(pixel_values=torch.rand(batch, *shape, device=device)).logits.float()
+            targets = torch.zeros(batch, dtype=torch.int64, device=device)
+            return nn.functional.cross_entropy(logits, targets)
+
+        return loss_of
+
+    return planned
 
 
 class ClassificationTrainer(EMATrainerMixin, ImageTrainer):

@@ -95,6 +95,11 @@ class DenseTrainingArguments(ImageTrainingArguments):
         super().__post_init__()
         check_at_least(self, 1, "crop_size")
         check_at_least(self, 0, "num_pictures", "color_jitter")
+        if self.auto_batch_size:
+            raise ValueError(
+                "`auto_batch_size` is True, but the memory of dense heads is not estimated; give"
+                " `per_device_train_batch_size` and `gradient_accumulation_steps`."
+            )
         if self.decode_once:
             raise ValueError("`decode_once` is True, but images with annotations are decoded as they are needed.")
         scales = self.scale_range

@@ -6,20 +6,24 @@ import json
 import math
 import os
 import time
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Subset
 from transformers.integrations import TensorBoardCallback
 
-from modeling_greenmim import MaskPlan
+from modeling_greenmim import GreenMIMConfig, MaskPlan
+from modeling_greenmim.planning import plan_dense
 
 from ..data.image_dataset import EpochShuffle, ImageDataset, collate
 from ..randomness import MASK, derived_torch_generator
+from ..runs.arguments import MIMTrainingArguments
 from ..runs.card import write_model_card
+from ..runs.memory import LossOfBatch
 from ..runs.processes import on_main_process
 from ..runs.trainer import ImageTrainer
 from .advice import Advice
@@ -33,6 +37,32 @@ from .teacher import Stopwatch, Teacher, TeacherTargets, resized
 
 # Images that the mean of a teacher's features is taken from.
 MEAN_OF = 512
+
+
+def loss_of_batch(config: GreenMIMConfig, args: MIMTrainingArguments) -> LossOfBatch:
+    """The loss of pre-training, to estimate its memory by; see `LossOfBatch`."""
+    size, num_units = config.image_height_and_width, config.unit_grid[0] * config.unit_grid[1]
+    strategy = "random" if args.mask_strategy == ATTENTIVE else args.mask_strategy
+
+    def with_plan(batch: int, device: torch.device) -> Callable[[nn.Module], torch.Tensor]:
+        masks = range(batch if args.mask_per_sample else 1)
+        generators = [derived_torch_generator(args.seed, MASK, index) for index in masks]
+        plan = draw_plan(config, generators, strategy, args.torch_compile)
+        if plan is None:
+            plan_dense(config, size, device)  # made here, where tensors have values, and found there
+        else:
+            plan = plan.to(device)
+
+        def loss_of(model: nn.Module) -> torch.Tensor:
+            images = torch.rand(batch, config.num_channels, *size, device=device)
+            targets = None
+            if config.reconstruction_target == "features":
+                targets = torch.rand(batch, num_units, config.target_width, device=device)
+            return model(pixel_values=images, plan=plan, targets=targets).loss
+
+        return loss_of
+
+    return with_plan
 
 
 class MIMTrainer(ImageTrainer):

@@ -240,6 +240,13 @@ class ImageTrainingArguments(TrainingArguments):
             "const": True,
         },
     )
+    auto_batch_size: bool = field(
+        default=False,
+        metadata={
+            "help": "Choose the largest micro-batch that fits into the free memory by an estimate, and accumulate:"
+            " per_device_train_batch_size * gradient_accumulation_steps stays what it is. Not for dense tasks."
+        },
+    )
     stop_on_nonfinite_loss: bool = field(
         default=True, metadata={"help": "Stop at the first loss that is not a finite number."}
     )
@@ -326,6 +333,11 @@ class ImageTrainingArguments(TrainingArguments):
         given = self.learning_rate
         self.learning_rate = 0.0 if given is None else given  # the parent compares and needs a number
         super().__post_init__()
+        if self.auto_batch_size and (self.fsdp or self.deepspeed or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+            raise ValueError(
+                "`auto_batch_size` is True, but FSDP and DeepSpeed divide a model among processes, which the estimate"
+                " knows nothing of; give `per_device_train_batch_size` and `gradient_accumulation_steps` instead."
+            )
         if "tensorboard" in self.report_to:
             require("tensorboard", "pictures")
         if given is None:

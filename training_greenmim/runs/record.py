@@ -49,7 +49,7 @@ FREE |= {
 }
 FREE |= {"objects_column_name", "train_annotations", "train_dir", "train_val_split"}
 # What a run has become by default or in total counts, not how it was asked for.
-FREE |= {"base_learning_rate"}
+FREE |= {"auto_batch_size", "base_learning_rate"}
 NOT_FREE = {"dataloader_drop_last"}
 # Same training on another machine: rounding differs, and so do masks where processes or micro-batches draw their own.
 MACHINE_PREFIXES = ("ddp_", "fsdp")

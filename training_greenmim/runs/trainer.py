@@ -161,7 +161,7 @@ class ImageTrainer(CheckpointTrainer):
         if self.args.auto_find_batch_size:
             raise ValueError(
                 "`auto_find_batch_size` is set, but the learning rate and the order of images follow from the batch:"
-                " give `per_device_train_batch_size`, and `gradient_accumulation_steps` for larger batches."
+                " use `auto_batch_size`, which chooses a micro-batch beforehand and keeps the total batch."
             )
         channels = channels_of(self.model.config)
         # On the device once, not in every step.
