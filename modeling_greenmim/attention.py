@@ -87,14 +87,23 @@ class GreenMIMWindowAttention(nn.Module):
         if moves and not has_padding(plan):
             hidden_states = self._to_slots(hidden_states, plan)
         qkv = self.qkv(hidden_states)
-        if has_padding(plan):
-            qkv = self._to_slots(qkv, plan)
-        query, key, value = split_heads(qkv, self.num_heads, num_groups(plan))
+        if has_padding(plan) and torch.compiler.is_compiling():
+            # Compiled, a part moves while it is copied for its heads, and so does its gradient: one pass each way.
+            query, key, value = (self._heads(self._to_slots(part, plan), plan) for part in qkv.chunk(3, dim=-1))
+        else:
+            if has_padding(plan):
+                qkv = self._to_slots(qkv, plan)
+            query, key, value = split_heads(qkv, self.num_heads, num_groups(plan))
         output, weights = attend(self, query, key, value, self.bias(plan, query.dtype))
         output = output.unflatten(2, (self.num_heads, -1)).permute(0, 3, 1, 2, 4).flatten(3).flatten(1, 2)
         if moves:
             output = self._to_tokens(output, plan)
         return self.proj(output), weights
+
+    def _heads(self, slots: torch.Tensor, plan: GroupPlan) -> torch.Tensor:
+        """`(batch, groups * slots, width)` -> `(batch, heads * groups, slots, head_dim)`."""
+        slots = slots.unflatten(2, (self.num_heads, -1)).unflatten(1, (num_groups(plan), -1))
+        return slots.permute(0, 3, 1, 2, 4).flatten(1, 2)
 
     @staticmethod
     def _to_slots(tokens: torch.Tensor, plan: GroupPlan) -> torch.Tensor:
