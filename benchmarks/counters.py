@@ -143,7 +143,7 @@ def traffic_of_compiled(build: Callable, args, dtype: str) -> int:
     model.train().compile(backend=lambda graph, inputs: compile_fx(graph, inputs, inner_compile=zeros_of))
     images = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
     # What is kept of an earlier compilation has not been counted.
-    settings = {"cpu_backend": "triton", "force_disable_caches": True}
+    settings = {"cpu_backend": "triton", "fx_graph_cache": False}
     with inductor_config.patch(settings), mock.patch.object(GraphLowering, "codegen", count_and_stop):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
             loss = loss_of(images)
