@@ -83,3 +83,28 @@ def test_a_step_does_not_grow(counters, task, size, batch, kernels, megabytes):
     counter = of_greenmim(counters, batch, task=task, size=size)
     assert sum(counter.kernels.values()) == pytest.approx(kernels, rel=0.02)
     assert sum(counter.traffic.values()) / batch / 1e6 == pytest.approx(megabytes, rel=0.02)
+
+
+class SquaredLayer(nn.Module):
+    """The sum of squares of what a linear layer gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 16)
+
+    def forward(self, inputs):
+        return self.layer(inputs).square().sum()
+
+
+def test_a_compiled_layer_by_hand(counters):
+    """Squares are summed as they are made; their gradient is written once, for the products and the bias."""
+    inputs = torch.randn(4, 8)
+
+    def build(args):
+        model = SquaredLayer()
+        return model, lambda images: model(inputs)
+
+    product, squares = 4 * 8 + 8 * 16 + 16 + 4 * 16, 4 * 16 + 1
+    gradient, of_weight, of_bias = 4 * 16 + 1 + 4 * 16, 4 * 16 + 4 * 8 + 8 * 16, 4 * 16 + 16
+    counted = counters.traffic_of_compiled(build, argparse.Namespace(batch_size=1), "fp32")
+    assert counted == 4 * (product + squares + gradient + of_weight + of_bias)

@@ -31,6 +31,7 @@ from modeling_greenmim import (
     blocks,
     plan_mask,
 )
+from modeling_greenmim.plans import has_padding
 from tests.oracle import (
     DenseEncoder,
     assert_all_close,
@@ -436,6 +437,26 @@ def test_a_step_is_compiled_once_for_all_masks():
         optimizer.step()
         optimizer.zero_grad()
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("masks", [1, 2])
+def test_a_compiled_step_has_the_gradients_of_the_model_as_it_is(masks):
+    """Static groups are padded: what moves into them and back has gradients of its own."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    config = tiny_config(image_size=64, depths=(1, 2), num_heads=(1, 2), patch_size=4, window_size=4, mask_ratio=0.5)
+    model, pixel_values = GreenMIMForPreTraining(config), images(height=64, width=64)
+    units = config.unit_grid[0] * config.unit_grid[1]
+    visible = random_masks(masks, units, units // 2).logical_not().nonzero()[:, 1].view(masks, -1)
+    plan = plan_mask(config, visible, static=True)
+    assert has_padding(plan.stages[0].groups[0])
+    gradients = []
+    for network in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        network(pixel_values, plan=plan).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("backbone_type", ["swin", "twins"])
