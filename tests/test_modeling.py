@@ -335,7 +335,7 @@ def test_autocast(attn_implementation):
     assert outputs.logits.dtype == torch.bfloat16
     assert outputs.loss.dtype == torch.float32
     assert outputs.loss.item() == pytest.approx(expected.loss.item(), rel=1e-3)
-    # All gradients as one vector: those of some biases of norms are sums that nearly cancel, of which bf16 keeps little.
+    # All gradients as one vector: those of some biases of norms nearly cancel, and bf16 keeps little of them.
     exact, rounded = (
         torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(model.parameters()))])
         for loss in (expected.loss, outputs.loss)
