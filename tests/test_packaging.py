@@ -88,7 +88,7 @@ def test_what_is_imported_is_declared_and_the_other_way_round():
 
 def test_tests_and_benchmarks_import_what_is_declared():
     wanted = set(declared()).union(*(declared(extra) for extra in setup_cfg()["options.extras_require"]))
-    # torchvision and transformers_tests are used where they are; pytest brings packaging. Benchmarks import one another.
+    # torchvision and transformers_tests are used where they are; pytest brings packaging; benchmarks import others.
     ours = {"tests", "benchmarks", "transformers_tests", "torchvision", "packaging", "run_semantic_segmentation"}
     ours |= {path.stem for path in sources("benchmarks")}
     names = {name for path in sources("tests", "benchmarks") for name in imported(path)} - ours
