@@ -138,7 +138,9 @@ CPU_TOKENS = 3136
 
 def parts_for_cache(tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The samples of `(batch, num_tokens, channels)` that layers take at a time: on a CPU without gradients few."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens.device.type != "cpu":
+    # What is traced shall hold for other batches.
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if torch.is_grad_enabled() or is_traced or tokens.device.type != "cpu":
         return (tokens,)
     return tokens.split(max(1, CPU_TOKENS // tokens.shape[1]))
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import AutoModelForImageClassification, BeitConfig, ViTConfig
 
 from modeling_greenmim import GreenMIMForImageClassification, GreenMIMForPreTraining
 from tests.training_helpers import (
@@ -179,7 +179,7 @@ def test_the_largest_divisor_that_fits_is_taken_and_the_total_kept(memory_for, c
         fit_batch_size(args, *model_and_loss("pretraining"), checkpoint=None)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (size, 24 // size)
     assert (args.total_batch_size, args.learning_rate) == (24, rate)
-    chosen = f"--per_device_train_batch_size {size} --gradient_accumulation_steps {24 // size} (about {size + 1}.0 GB"
+    chosen = f"--per_device_train_batch_size {size} --gradient_accumulation_steps {24 // size} (about {size + 1}.00 GB"
     assert chosen in messages(caplog, logging.INFO)
 
 
@@ -206,11 +206,22 @@ def test_a_numbered_cpu_is_a_cpu(monkeypatch):
     assert args.per_device_train_batch_size == 24
 
 
-def test_each_process_has_images_for_a_micro_batch(memory_for):
-    memory_for(100)
+def test_fewer_images_than_a_step_has_are_refused(memory_for):
+    """Smaller micro-batches would make steps of fewer images, at the learning rate of all."""
+    memory_for(5)
+    message = r"a step is of 24 images \(`per_device_train_batch_size` 8, `gradient_accumulation_steps` 3\), and there"
+    with pytest.raises(ValueError, match=message + " are 23 training images"):
+        fit_batch_size(arguments(), *model_and_loss("pretraining"), checkpoint=None, images=23)
     args = arguments()
-    fit_batch_size(args, *model_and_loss("pretraining"), checkpoint=None, images=11)
-    assert args.per_device_train_batch_size == 8
+    fit_batch_size(args, *model_and_loss("pretraining"), checkpoint=None, images=24)
+    assert args.per_device_train_batch_size == 4
+
+
+def test_a_step_of_fewer_images_than_a_micro_batch_needs_is_refused(memory_for):
+    memory_for(100)
+    args = arguments(per_device_train_batch_size=1, gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match="`per_device_train_batch_size` is 1; micro-batches of 2 or more are needed"):
+        fit_batch_size(args, *model_and_loss("pretraining"), checkpoint=None, least=2)
 
 
 def test_averaged_weights_need_memory_too(monkeypatch):
@@ -231,7 +242,7 @@ def test_averaged_weights_need_memory_too(monkeypatch):
 def test_what_does_not_fit_is_refused(memory_for):
     memory_for(1)
     message = "`auto_batch_size` is True, but no micro-batch of 2 or more images that divides the 24 of a step fits: 2"
-    with pytest.raises(ValueError, match=message + r" take about 3.0 GB, and of 3.3 GB that are free 2.5 may be used"):
+    with pytest.raises(ValueError, match=message + r" take about 3.00 GB, and of 3.33 GB that are free 2.50 may be"):
         fit_batch_size(arguments(), *model_and_loss("pretraining"), checkpoint=None, least=2)
 
 
@@ -244,11 +255,17 @@ def test_a_model_that_looks_at_values_is_refused():
         fit_batch_size(arguments(), Looks(4, 1), lambda batch, device: lambda model: model(torch.rand(batch, 4)), None)
 
 
-def test_any_classifier_can_be_told():
+@pytest.mark.parametrize(
+    ("config_class", "changes"), [(ViTConfig, {}), (BeitConfig, {"use_relative_position_bias": True})]
+)
+def test_any_classifier_can_be_told(config_class, changes):
+    """BEiT's class keeps the index of its biases, which must have values afterwards."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = ViTConfig(image_size=32, patch_size=8, num_labels=3, **sizes)
+    config = config_class(image_size=32, patch_size=8, num_labels=3, **sizes, **changes)
     loss_of_batch = classification.loss_of_batch(config, (32, 32))
-    assert StepMemory.of(ViTForImageClassification(config).train(), loss_of_batch, CPU).per_image > 0
+    model = AutoModelForImageClassification.from_config(config).train()
+    assert StepMemory.of(model, loss_of_batch, CPU).per_image > 0
+    assert model.training and loss_of_batch(2, CPU)(model).item() > 0
 
 
 def test_memory_of_a_cpu_is_shared_by_its_processes(monkeypatch):
@@ -259,7 +276,9 @@ def test_memory_of_a_cpu_is_shared_by_its_processes(monkeypatch):
         free_memory(torch.device("mps"))
 
 
-@pytest.mark.parametrize("divided", [{"fsdp": "full_shard"}, {"env": "ACCELERATE_USE_FSDP"}])
+@pytest.mark.parametrize(
+    "divided", [{"fsdp": "full_shard"}, {"env": "ACCELERATE_USE_FSDP"}, {"env": "ACCELERATE_USE_DEEPSPEED"}]
+)
 def test_divided_models_are_refused(divided, monkeypatch):
     if "env" in divided:
         monkeypatch.setenv(divided.pop("env"), "true")
@@ -319,6 +338,21 @@ def test_a_run_that_goes_on_keeps_its_micro_batch(memory_for, photos, tmp_path, 
     assert_same_weights(whole, told)
 
 
+def test_a_run_that_had_not_chosen_chooses(memory_for, photos, tmp_path, caplog):
+    """As after an end for want of memory."""
+    memory_for(5)
+    batch = ("--per_device_train_batch_size", 16, "--save_steps", 2)
+    whole = pretrain(tmp_path / "whole", photos, *batch)
+    with caplog.at_level(logging.INFO):
+        pretrain(
+            tmp_path / "on", photos, *batch, "--auto_batch_size", "--resume_from_checkpoint", whole / "checkpoint-2"
+        )
+    assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4 (about 5.00 GB" in messages(
+        caplog, logging.INFO
+    )
+    assert "not bit for bit" in messages(caplog)
+
+
 def test_another_total_is_another_run(memory_for, photos, tmp_path):
     memory_for(5)
     batch = ("--per_device_train_batch_size", 16, "--save_steps", 2, "--auto_batch_size")
@@ -335,8 +369,7 @@ def test_classification_chooses_too(memory_for, tmp_path):
     folder = write_class_folders(tmp_path / "train", {"red": 7, "green": 7})
     shape = "image_size=32,embed_dim=8,depths=[2,2],num_heads=[1,2],window_size=4"
     common = ("--config_name", "tiny", "--config_overrides", shape, "--train_dir", folder, "--do_train")
-    common += ("--max_steps", 2, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 8)
-    # Of 14 images a batch of 16 could not be made.
+    common += ("--max_steps", 2, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 4)
     chosen = classify(tmp_path / "chosen", *common, "--auto_batch_size")
     assert state_of(chosen)["train_batch_size"] == 8
     memory_for(1)

@@ -255,6 +255,29 @@ def test_attention_in_parts_equals_the_whole(kind, monkeypatch):
     assert parts == ([3] if kind == "per sample" else [1, 1, 1])
 
 
+def test_large_groups_keep_the_fused_kernel(monkeypatch):
+    """Written out, scores of large windows take more time and memory than they save."""
+    written_out = []
+    eager = attention.eager_attention_forward
+    monkeypatch.setattr(attention, "eager_attention_forward", lambda *a, **k: written_out.append(1) or eager(*a, **k))
+    for window_size, is_written_out in ((6, True), (12, False)):
+        written_out.clear()
+        model = randomize(GreenMIMModel(tiny_config(window_size=window_size, depths=(1,), num_heads=(1,))))
+        with torch.no_grad():
+            model(random_images(1, 96, 96))
+        assert bool(written_out) == is_written_out
+
+
+def test_what_is_traced_holds_for_other_batches(monkeypatch):
+    monkeypatch.setattr(layout, "CPU_TOKENS", 1)
+    model = randomize(GreenMIMModel(tiny_config(window_size=24))).requires_grad_(False)
+    pixel_values = random_images(5, 96, 96)
+    with torch.no_grad():
+        expected = model(pixel_values).last_hidden_state  # plans, too, which are no part of what is traced
+        traced = torch.jit.trace(lambda images: model(images).last_hidden_state, pixel_values[:1])
+        assert_close(traced(pixel_values), expected, 1e-6)
+
+
 # Attention weights
 
 

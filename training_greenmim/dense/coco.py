@@ -189,7 +189,7 @@ def _read_json(path: str, given: str, is_test: bool) -> dict:
     except ValueError as error:
         raise ValueError(f"{given}, which is not valid JSON: {error}") from error
     if is_test and isinstance(content, dict):
-        content.setdefault("annotations", [])
+        content["annotations"] = content.get("annotations") or []
     wanted = ("images", "annotations", "categories")
     missing = [name for name in wanted if not isinstance(content, dict) or not isinstance(content.get(name), list)]
     if missing:

@@ -330,14 +330,15 @@ class ImageTrainingArguments(TrainingArguments):
             check_country(self.country_iso_code)
         if self.accelerator_config is None and self.dataloader_pin_memory:
             self.accelerator_config = {"non_blocking": True}
-        given = self.learning_rate
-        self.learning_rate = 0.0 if given is None else given  # the parent compares and needs a number
-        super().__post_init__()
-        if self.auto_batch_size and (self.fsdp or self.deepspeed or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+        launched = [parse_flag_from_env(f"ACCELERATE_USE_{kind}") for kind in ("FSDP", "DEEPSPEED")]
+        if self.auto_batch_size and (self.fsdp or self.deepspeed or any(launched)):
             raise ValueError(
                 "`auto_batch_size` is True, but FSDP and DeepSpeed divide a model among processes, which the estimate"
                 " knows nothing of; give `per_device_train_batch_size` and `gradient_accumulation_steps` instead."
             )
+        given = self.learning_rate
+        self.learning_rate = 0.0 if given is None else given  # the parent compares and needs a number
+        super().__post_init__()
         if "tensorboard" in self.report_to:
             require("tensorboard", "pictures")
         if given is None:

@@ -103,6 +103,7 @@ def peak_of_step(
         dtype: of autocast; None = without.
         micro_batches: 1 or 2. From the second one on the gradients of those before are there all the time.
     """
+    _fill_caches(model, loss_of_batch)
     loss_of, step = loss_of_batch(batch, device), _Backward(model)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveStorages() as storages:
         weights = {
@@ -113,6 +114,15 @@ def peak_of_step(
         for _ in range(micro_batches):
             torch.func.functional_call(step, weights, (loss_of, device.type, dtype))
     return storages.peak + 2 * learning_bytes(model)  # AdamW's moments
+
+
+def _fill_caches(model: nn.Module, loss_of_batch: LossOfBatch) -> None:
+    """Runs a model once on the CPU where it is: what classes of others keep for good must have values."""
+    modes = {module: module.training for module in model.modules()}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        loss_of_batch(1, torch.device("cpu"))(model.eval())
+    for module, mode in modes.items():
+        module.training = mode
 
 
 def learning_bytes(model: nn.Module) -> int:
@@ -177,14 +187,26 @@ def fit_batch_size(
         model: that will train, put into training mode here.
         loss_of_batch: see `LossOfBatch`.
         checkpoint: that the run goes on from, if any.
-        images: number of training images, which each process must have a micro-batch of; None = no limit.
+        images: number of training images where only whole micro-batches are trained on; None = others are too.
         least: smallest micro-batch.
 
     Raises:
-        `ValueError`: naming `auto_batch_size`, where no micro-batch fits, for models that cannot run without values,
-            and as `free_memory` does.
+        `ValueError`: naming `auto_batch_size`, where no micro-batch fits, for fewer images than those of a step, for
+            models that cannot run without values, and as `free_memory` does.
     """
     total = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if images is not None and images < total * args.world_size:
+        raise ValueError(
+            f"`auto_batch_size` is True, but a step is of {total * args.world_size} images"
+            f" (`per_device_train_batch_size` {args.per_device_train_batch_size}, `gradient_accumulation_steps`"
+            f" {args.gradient_accumulation_steps}), and there are {images} training images, of which only whole"
+            " batches are trained on."
+        )
+    if total < least:
+        raise ValueError(
+            f"`auto_batch_size` is True, but `per_device_train_batch_size` is {args.per_device_train_batch_size};"
+            f" micro-batches of {least} or more are needed."
+        )
     kept = on_main_process(args, lambda: _of_the_run(checkpoint, total))
     if kept is not None:
         _set(args, kept, total, "as the run had it")
@@ -196,18 +218,17 @@ def fit_batch_size(
         needed = needed._replace(fixed=needed.fixed + learning_bytes(model))  # buckets in which gradients travel
         free = min(gather_object([free]))
     usable = (SHARE_OF_CPU if device.type == "cpu" else SHARE) * free
-    most = min(needed.largest_batch(usable), total if images is None else images // args.world_size)
+    most = min(needed.largest_batch(usable), total)
     fitting = [size for size in range(least, most + 1) if total % size == 0]
     if not fitting:
         raise ValueError(
             f"`auto_batch_size` is True, but no micro-batch of {least} or more images that divides the"
-            f" {total} of a step fits: {least} take about {needed.peak(least) / 1e9:.1f} GB, and of"
-            f" {free / 1e9:.1f} GB that are free {usable / 1e9:.1f} may be used"
-            f"{'' if images is None else f', for {images} training images'}. --gradient_checkpointing true, a smaller"
-            " model or smaller images need less."
+            f" {total} of a step fits: {least} take about {needed.peak(least) / 1e9:.2f} GB, and of"
+            f" {free / 1e9:.2f} GB that are free {usable / 1e9:.2f} may be used. --gradient_checkpointing true, a"
+            " smaller model or smaller images need less."
         )
     size = fitting[-1]
-    reason = f"about {needed.peak(size) / 1e9:.1f} GB by estimate, {free / 1e9:.1f} GB are free"
+    reason = f"about {needed.peak(size) / 1e9:.2f} GB by estimate, {free / 1e9:.2f} GB are free"
     _set(args, size, total, reason)
 
 
@@ -220,13 +241,14 @@ def _set(args, size: int, total: int, reason: str) -> None:
 
 
 def _of_the_run(checkpoint: str | None, total: int) -> int | None:
-    """Micro-batch of the run of a checkpoint, where it divided the same total."""
+    """Micro-batch that the run of a checkpoint chose, where it divided the same total."""
     path = Path(checkpoint or "", RECORD)
     if checkpoint is None or not path.exists():
         return None
     before = json.loads(path.read_text())["arguments"]
     size = before["per_device_train_batch_size"]
-    return size if size * before["gradient_accumulation_steps"] == total else None
+    is_same = before.get("auto_batch_size") and size * before["gradient_accumulation_steps"] == total
+    return size if is_same else None
 
 
 def _memory_of_steps(args, model: nn.Module, loss_of_batch: LossOfBatch, device: torch.device) -> StepMemory:
