@@ -30,9 +30,7 @@ def eager_attention_forward(
     if attention_mask is None:
         weights = weights * scaling
     else:
-        # One pass over memory, and without gradients in place.
-        result = None if torch.is_grad_enabled() else weights
-        weights = torch.add(attention_mask, weights, alpha=scaling, out=result)
+        weights = torch.add(attention_mask, weights, alpha=scaling)  # one pass over memory
     weights = nn.functional.softmax(weights, dim=-1).to(value.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights

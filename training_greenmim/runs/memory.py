@@ -2,7 +2,7 @@
 """Memory of a training step before there is one: an estimate, and the micro-batch that fits (`--auto_batch_size`).
 
 A step runs on tensors that have shapes and no values, and the storages that live at a time are added up: weights,
-gradients, what backward needs, and what comes and goes in between. So nothing is allocated and little computed.
+gradients, what backward needs, and what comes and goes in between. So little is allocated and little computed.
 """
 
 import json
