@@ -3,14 +3,17 @@
 A step is forward and backward, without the optimizer. Tensors have shapes and no values, so nothing is computed and
 Swin-B at batch 64 takes seconds. A kernel is a call of an operator that is no view; its traffic is what it reads and
 writes, each tensor once; operations are those of matrix products and attention, as torch counts them. With --compile
-the traffic is what inductor counts for its kernels, products included, joined as it joins them for a GPU. Attention is
-the CPU's all the same, which is written out where its bias learns.
+the traffic is what inductor counts for its kernels, products included, joined as it joins them for a GPU.
+
+Autocast and attention are those of the device: on a CPU norms take bf16, and attention is written out where its bias
+learns. --device cuda wants a GPU, on which nothing is computed either.
 
     python benchmarks/counters.py                            # ours, SimMIM and MAE: pre-training, batch 64, bf16
     python benchmarks/counters.py --by_operator              # and where it comes from
     python benchmarks/counters.py --reference DIR            # and a checkout of the published code, which is computed
     python benchmarks/counters.py --task classification --size tiny
     python benchmarks/counters.py --peers --compile          # ours alone, compiled
+    python benchmarks/counters.py --device cuda              # as a GPU runs them
 """
 
 import argparse
@@ -85,32 +88,35 @@ def count(build: Callable, args, dtype: str, computed: bool = False) -> Counter:
     torch.manual_seed(0)
     model, loss_of = build(args)
     model.train()
+    plan = None
     if isinstance(model, GreenMIMForPreTraining):
         plan = random_plan(model.config)  # the data loader's work
         loss_of = lambda images: model(images, plan=plan).loss  # noqa: E731
     elif isinstance(model, GreenMIMPreTrainedModel):
         # Made once, and kept for later models: its tensors need their values.
-        plan_dense(model.config, (IMAGE_SIZE, IMAGE_SIZE), torch.device("cpu"))
-    mode = nullcontext() if computed else FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        if not computed:
-            _forget_values(model, mode)
-        images = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
+        plan_dense(model.config, (IMAGE_SIZE, IMAGE_SIZE), torch.device(args.device))
+    with nullcontext() if computed else FakeTensorMode(allow_non_fake_inputs=True):
+        if computed:
+            model.to(args.device)
+        else:
+            _forget_values(model, args.device)
+        images = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=args.device)
+        plan = plan and plan.to(args.device)
         with Counter() as counter:
-            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            with torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bf16"):
                 loss = loss_of(images)
             loss.backward()
     return counter
 
 
-def _forget_values(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Leaves the parameters and buffers of a model nothing but their shapes."""
+def _forget_values(model: nn.Module, device: str) -> None:
+    """Leaves the parameters and buffers of a model nothing but their shapes, on a device."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            fake = nn.Parameter(mode.from_tensor(parameter.data), requires_grad=parameter.requires_grad)
+            fake = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
             setattr(module, name, fake)
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, mode.from_tensor(buffer))
+            setattr(module, name, torch.empty_like(buffer, device=device))
 
 
 def traffic_of_compiled(build: Callable, args, dtype: str) -> int:
@@ -145,12 +151,13 @@ def traffic_of_compiled(build: Callable, args, dtype: str) -> int:
     torch.manual_seed(0)
     torch._dynamo.reset()
     model, loss_of = build(args)
-    model.train().compile(backend=lambda graph, inputs: compile_fx(graph, inputs, inner_compile=zeros_of))
-    images = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
+    model.to(args.device).train()
+    model.compile(backend=lambda graph, inputs: compile_fx(graph, inputs, inner_compile=zeros_of))
+    images = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=args.device)
     # What is kept of an earlier compilation has not been counted.
-    settings = {"cpu_backend": "triton", "fx_graph_cache": False}
+    settings = {"fx_graph_cache": False, "cpu_backend": "triton"}
     with inductor_config.patch(settings), mock.patch.object(GraphLowering, "codegen", count_and_stop):
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+        with torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bf16"):
             loss = loss_of(images)
         loss.backward()
     return sum(traffic)
@@ -160,7 +167,7 @@ def _zeros_like(value: torch.Tensor | None) -> torch.Tensor | None:
     """Zeros with the shape, strides and type of a tensor without values."""
     if value is None:
         return None
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).zero_()
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).zero_()
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -168,9 +175,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.set_defaults(batch_size=64, dtype=["bf16"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="whose kernels")
     parser.add_argument("--by_operator", action="store_true", help="a table of GreenMIM's operators too")
     args = parser.parse_args()
-    args.inference, args.device = False, "cpu"
+    args.inference = False
     return args
 
 

@@ -7,6 +7,7 @@ glibc give back what is freed (MALLOC_MMAP_THRESHOLD_), so that what its allocat
 
     python benchmarks/memory.py                               # named sizes and devices, bf16
     python benchmarks/memory.py --gradient_checkpointing
+    python benchmarks/memory.py --device cuda                 # as a GPU keeps them, told where there is one
     python benchmarks/memory.py --check                       # Linux; up to 13 GB, 20 minutes on two cores
     python benchmarks/memory.py --check --sizes tiny --batch_sizes 8 --as_it_comes
 """
@@ -63,7 +64,7 @@ def print_table(args) -> None:
     print("| --- " * (2 + len(DEVICES)) + "|")
     for task, name in itertools.product(args.tasks, args.sizes):
         model, loss_of_batch = model_and_loss(task, name, args.gradient_checkpointing)
-        needed = StepMemory.of(model, loss_of_batch, CPU, DTYPES[args.dtypes[0]])
+        needed = StepMemory.of(model, loss_of_batch, torch.device(args.device), DTYPES[args.dtypes[0]])
         batches = [needed.largest_batch(SHARE * (memory - CONTEXT) * 2**30) for memory in DEVICES]
         cells = " | ".join(str(batch) for batch in batches)
         print(f"| {task}, {name} | {needed.per_image / 1e6:.1f} | {cells} |", flush=True)
@@ -113,6 +114,7 @@ def train(task: str, name: str, with_checkpointing: bool, dtype: str, batches: l
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the table")
     parser.add_argument("--check", action="store_true", help="compare with steps on this CPU")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument(

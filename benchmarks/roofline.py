@@ -8,6 +8,7 @@ as on a GPU: glibc would have the system clear the pages of every large tensor a
 
     python benchmarks/roofline.py                        # devices of the table, Swin-B and ViT-B, bf16, batch 64
     python benchmarks/roofline.py --batch_size 256 --reference DIR      # and a checkout of the published code
+    python benchmarks/roofline.py --device cuda          # the calls that a GPU has, counted where there is one
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=99999999999 python benchmarks/roofline.py --check    # some minutes
 """
 
@@ -139,12 +140,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_arguments(parser)
     parser.set_defaults(batch_size=64)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="whose calls")
     parser.add_argument("--check", action="store_true", help="compare with steps on this CPU")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each")
     parser.add_argument("--first", type=int, help="check from this step of the list on")
     parser.add_argument("--last", type=int, help="and up to, without, this one")
     args = parser.parse_args()
-    args.inference, args.device = False, "cpu"
+    args.inference = False
     if args.check:
         print_check(args)
     else:

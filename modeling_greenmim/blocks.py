@@ -12,6 +12,7 @@ from transformers.utils import logging
 from .configuration_greenmim import GreenMIMConfig
 from .layout import nested_patches, parts_for_cache
 from .plans import GroupPlan, StagePlan
+from .precision import GreenMIMLayerNorm, weights_cast_together
 
 
 logger = logging.get_logger(__name__)
@@ -73,7 +74,7 @@ class GreenMIMEmbeddings(nn.Module):
     def __init__(self, config: GreenMIMConfig):
         super().__init__()
         self.patch_embeddings = GreenMIMPatchEmbeddings(config)
-        self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.norm = GreenMIMLayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: torch.Tensor, visible_units: torch.Tensor | None) -> torch.Tensor:
@@ -94,9 +95,9 @@ class GreenMIMBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: GreenMIMConfig, width: int, attention: nn.Module, drop_path_rate: float):
         super().__init__()
-        self.layernorm_before = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.layernorm_before = GreenMIMLayerNorm(width, eps=config.layer_norm_eps)
         self.attention = attention
-        self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.layernorm_after = GreenMIMLayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = GreenMIMMLP(config, width, int(config.mlp_ratio * width))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = GreenMIMDropPath(drop_path_rate)
@@ -105,9 +106,10 @@ class GreenMIMBlock(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, plan: GroupPlan | StagePlan
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(batch, num_tokens, width)` -> the same, and attention weights; the plan is what the attention takes."""
-        attended, weights = self.attention(self.layernorm_before(hidden_states), plan)
-        hidden_states = hidden_states + self.drop_path(self.dropout(attended))
-        transformed = self.mlp(self.layernorm_after(hidden_states))
+        with weights_cast_together(self, hidden_states.device.type):
+            attended, weights = self.attention(self.layernorm_before(hidden_states), plan)
+            hidden_states = hidden_states + self.drop_path(self.dropout(attended))
+            transformed = self.mlp(self.layernorm_after(hidden_states))
         if weights is not None and self.gradient_checkpointing:
             weights = weights.detach()  # reentrant checkpointing asks a gradient of every output that may have one
         return hidden_states + self.drop_path(self.dropout(transformed)), weights

@@ -10,6 +10,7 @@ from .attention import attend
 from .blocks import GreenMIMMLP
 from .configuration_greenmim import GreenMIMConfig
 from .masking import unit_mask
+from .precision import GreenMIMLayerNorm, weights_cast_together
 
 
 # Stages that the linear decoder reads, the last ones: of four all but the first, whose features are of edges.
@@ -59,15 +60,16 @@ class GreenMIMDecoderBlock(GradientCheckpointingLayer):
     def __init__(self, config: GreenMIMConfig):
         super().__init__()
         width = config.decoder_hidden_size
-        self.layernorm_before = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.layernorm_before = GreenMIMLayerNorm(width, eps=config.layer_norm_eps)
         self.attention = GreenMIMDecoderAttention(config)
-        self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.layernorm_after = GreenMIMLayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = GreenMIMMLP(config, width, config.decoder_intermediate_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, num_units, width)` -> the same."""
-        hidden_states = hidden_states + self.attention(self.layernorm_before(hidden_states))
-        return hidden_states + self.mlp(self.layernorm_after(hidden_states))
+        with weights_cast_together(self, hidden_states.device.type):
+            hidden_states = hidden_states + self.attention(self.layernorm_before(hidden_states))
+            return hidden_states + self.mlp(self.layernorm_after(hidden_states))
 
 
 class GreenMIMDecoder(nn.Module):
@@ -89,7 +91,7 @@ class GreenMIMDecoder(nn.Module):
         self.decoder_layers = nn.ModuleList(
             GreenMIMDecoderBlock(config) for _ in range(config.decoder_num_hidden_layers)
         )
-        self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.decoder_norm = GreenMIMLayerNorm(width, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(width, output_width)
 
     def draw_weights(self):
@@ -156,7 +158,7 @@ class GreenMIMLinearDecoder(nn.Module):
     def __init__(self, config: GreenMIMConfig, output_width: int):
         super().__init__()
         *earlier, last = config.stage_widths[-FUSED_STAGES:]
-        self.stage_norms = nn.ModuleList(nn.LayerNorm(width, eps=config.layer_norm_eps) for width in earlier)
+        self.stage_norms = nn.ModuleList(GreenMIMLayerNorm(width, eps=config.layer_norm_eps) for width in earlier)
         self.stage_preds = nn.ModuleList(nn.Linear(width, output_width) for width in earlier)
         self.decoder_pred = nn.Linear(last, output_width)
 

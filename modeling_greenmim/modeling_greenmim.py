@@ -25,6 +25,7 @@ from .losses import reconstruction_loss
 from .masking import sample_noise, unit_mask, visible_units_from_mask, visible_units_from_noise
 from .planning import backbone_of, plan_dense, plan_mask
 from .plans import MaskPlan, StagePlan
+from .precision import GreenMIMLayerNorm
 from .resizing import BiasTableResizing
 from .targets import TARGETS
 
@@ -185,7 +186,7 @@ class GreenMIMModel(GreenMIMPreTrainedModel):
         super().__init__(config)
         self.embeddings = GreenMIMEmbeddings(config)
         self.encoder = ENCODERS[config.backbone_type](config)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = GreenMIMLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     @can_return_tuple
@@ -534,7 +535,7 @@ class GreenMIMBackbone(BackboneMixin, GreenMIMPreTrainedModel):
         self.num_features = [config.embed_dim, *config.stage_widths]
         self.hidden_states_norms = nn.ModuleDict(
             {
-                name: nn.LayerNorm(width, eps=config.layer_norm_eps)
+                name: GreenMIMLayerNorm(width, eps=config.layer_norm_eps)
                 for name, width in zip(self.out_features, self.channels)
                 if name != self.stage_names[-1]
             }

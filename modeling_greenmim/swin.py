@@ -8,6 +8,7 @@ from .attention import GreenMIMWindowAttention, raster_attention_weights
 from .blocks import GreenMIMBlock, GreenMIMEncoder
 from .configuration_greenmim import GreenMIMConfig
 from .plans import StagePlan
+from .precision import GreenMIMLayerNorm
 
 
 class GreenMIMPatchMerging(nn.Module):
@@ -15,7 +16,7 @@ class GreenMIMPatchMerging(nn.Module):
 
     def __init__(self, config: GreenMIMConfig, width: int):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * width, eps=config.layer_norm_eps)
+        self.norm = GreenMIMLayerNorm(4 * width, eps=config.layer_norm_eps)
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

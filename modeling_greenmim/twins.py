@@ -12,6 +12,7 @@ from .attention import GreenMIMWindowAttention, attend, raster_attention_weights
 from .blocks import GreenMIMBlock, GreenMIMEncoder
 from .configuration_greenmim import GreenMIMConfig
 from .plans import StagePlan
+from .precision import GreenMIMLayerNorm
 
 
 class GreenMIMTwinsGlobalAttention(nn.Module):
@@ -36,7 +37,7 @@ class GreenMIMTwinsGlobalAttention(nn.Module):
         self.proj = nn.Linear(width, width)
         if tokens_per_unit > 1:
             self.reduction = nn.Linear(tokens_per_unit * width, width)
-            self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+            self.norm = GreenMIMLayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, plan: StagePlan) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(batch, num_tokens, width)` -> the same, and weights `(batch, heads, num_tokens, num_visible)`."""
@@ -79,7 +80,7 @@ class GreenMIMTwinsPatchMerging(nn.Module):
     def __init__(self, config: GreenMIMConfig, width: int):
         super().__init__()
         self.reduction = nn.Linear(4 * width, 2 * width)
-        self.norm = nn.LayerNorm(2 * width, eps=config.layer_norm_eps)
+        self.norm = GreenMIMLayerNorm(2 * width, eps=config.layer_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, num_tokens, width)` -> `(batch, num_tokens / 4, 2 * width)`."""

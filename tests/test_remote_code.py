@@ -33,7 +33,7 @@ CODE = [
         "encoders.py",
     ),
     *("hog.py", "layout.py", "losses.py", "masking.py", "modeling_greenmim.py", "packing.py", "planning.py"),
-    *("plans.py", "resizing.py", "swin.py", "targets.py", "twins.py"),
+    *("plans.py", "precision.py", "resizing.py", "swin.py", "targets.py", "twins.py"),
 ]
 PROCESSOR_CODE = ["image_processing_greenmim.py", "pixels.py"]
 # The project may be installed for development: its packages are hidden from this interpreter.
