@@ -12,7 +12,7 @@ from transformers.utils import logging
 from .configuration_greenmim import GreenMIMConfig
 from .layout import nested_patches, parts_for_cache
 from .plans import GroupPlan, StagePlan
-from .precision import GreenMIMLayerNorm, weights_cast_together
+from .precision import GreenMIMLayerNorm
 
 
 logger = logging.get_logger(__name__)
@@ -106,10 +106,9 @@ class GreenMIMBlock(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, plan: GroupPlan | StagePlan
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(batch, num_tokens, width)` -> the same, and attention weights; the plan is what the attention takes."""
-        with weights_cast_together(self, hidden_states.device.type):
-            attended, weights = self.attention(self.layernorm_before(hidden_states), plan)
-            hidden_states = hidden_states + self.drop_path(self.dropout(attended))
-            transformed = self.mlp(self.layernorm_after(hidden_states))
+        attended, weights = self.attention(self.layernorm_before(hidden_states), plan)
+        hidden_states = hidden_states + self.drop_path(self.dropout(attended))
+        transformed = self.mlp(self.layernorm_after(hidden_states))
         if weights is not None and self.gradient_checkpointing:
             weights = weights.detach()  # reentrant checkpointing asks a gradient of every output that may have one
         return hidden_states + self.drop_path(self.dropout(transformed)), weights

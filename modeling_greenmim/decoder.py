@@ -10,7 +10,7 @@ from .attention import attend
 from .blocks import GreenMIMMLP
 from .configuration_greenmim import GreenMIMConfig
 from .masking import unit_mask
-from .precision import GreenMIMLayerNorm, weights_cast_together
+from .precision import GreenMIMLayerNorm
 
 
 # Stages that the linear decoder reads, the last ones: of four all but the first, whose features are of edges.
@@ -67,9 +67,8 @@ class GreenMIMDecoderBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(batch, num_units, width)` -> the same."""
-        with weights_cast_together(self, hidden_states.device.type):
-            hidden_states = hidden_states + self.attention(self.layernorm_before(hidden_states))
-            return hidden_states + self.mlp(self.layernorm_after(hidden_states))
+        hidden_states = hidden_states + self.attention(self.layernorm_before(hidden_states))
+        return hidden_states + self.mlp(self.layernorm_after(hidden_states))
 
 
 class GreenMIMDecoder(nn.Module):

@@ -105,9 +105,12 @@ class _MoveTokens(torch.autograd.Function):
     """`take_tokens` whose gradient is taken too: without the scattered sums of `index_select`'s own gradient."""
 
     @staticmethod
-    def forward(ctx, tokens, index, inverse):
-        ctx.save_for_backward(index, inverse)
+    def forward(tokens, index, inverse):
         return take_tokens(tokens, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1], inputs[2])
 
     @staticmethod
     def backward(ctx, grad):
@@ -146,11 +149,14 @@ class _SplitHeads(torch.autograd.Function):
     """`split_heads`, whose gradient is put together in one copy: autograd's own makes a second one of all of it."""
 
     @staticmethod
-    def forward(ctx, qkv, num_heads, num_groups):
-        ctx.num_heads = num_heads
+    def forward(qkv, num_heads, num_groups):
         # (batch, groups, slots, 3, heads, head_dim) -> (3, batch, heads, groups, slots, head_dim)
         qkv = qkv.unflatten(2, (3, num_heads, -1)).unflatten(1, (num_groups, -1)).permute(3, 0, 4, 1, 2, 5)
         return qkv.flatten(2, 3).unbind()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.num_heads = inputs[1]
 
     @staticmethod
     def backward(ctx, *grads):
