@@ -88,9 +88,8 @@ def count(build: Callable, args, dtype: str, computed: bool = False) -> Counter:
     torch.manual_seed(0)
     model, loss_of = build(args)
     model.train()
-    plan = None
     if isinstance(model, GreenMIMForPreTraining):
-        plan = random_plan(model.config)  # the data loader's work
+        plan = random_plan(model.config).to(args.device)  # the data loader's work
         loss_of = lambda images: model(images, plan=plan).loss  # noqa: E731
     elif isinstance(model, GreenMIMPreTrainedModel):
         # Made once, and kept for later models: its tensors need their values.
@@ -101,7 +100,6 @@ def count(build: Callable, args, dtype: str, computed: bool = False) -> Counter:
         else:
             _forget_values(model, args.device)
         images = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=args.device)
-        plan = plan and plan.to(args.device)
         with Counter() as counter:
             with torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bf16"):
                 loss = loss_of(images)
@@ -155,7 +153,7 @@ def traffic_of_compiled(build: Callable, args, dtype: str) -> int:
     model.compile(backend=lambda graph, inputs: compile_fx(graph, inputs, inner_compile=zeros_of))
     images = torch.randn(args.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=args.device)
     # What is kept of an earlier compilation has not been counted.
-    settings = {"fx_graph_cache": False, "cpu_backend": "triton"}
+    settings = {"cpu_backend": "triton", "fx_graph_cache": False}
     with inductor_config.patch(settings), mock.patch.object(GraphLowering, "codegen", count_and_stop):
         with torch.autocast(args.device, torch.bfloat16, enabled=dtype == "bf16"):
             loss = loss_of(images)

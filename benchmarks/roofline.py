@@ -126,7 +126,7 @@ def print_check(args) -> None:
         )
     print("\n| step | model, s | measured, s | model / measured |\n| --- | --- | --- | --- |")
     for task, name, size, dtype, batch in CHECKED[args.first : args.last]:
-        settings = {"task": task, "size": size, "batch_size": batch, "reference": None}
+        settings = {"task": task, "size": size, "batch_size": batch, "reference": None, "device": "cpu"}
         step_args = argparse.Namespace(**{**vars(args), **settings})
         build = TASKS[task][name]
         expected, _ = expected_seconds(calls_of_step(build, step_args, dtype), machines[dtype])
